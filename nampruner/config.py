@@ -1,0 +1,219 @@
+"""Every option of nampruner, declared once.
+
+A field here is the command-line flag, the recipe key, the entry in a saved JSON and the word in an
+error message. A command takes one class; a class is put together from the groups it needs, so an
+option has one name, one default, one range and one help text wherever it appears.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nampruner.errors import NamPrunerError, did_you_mean
+
+Attention = Literal["both", "channel", "spatial", "none"]
+PenaltyMethod = Literal["proximal", "subgradient"]
+Importance = Literal["auto", "nam", "bn", "magnitude", "taylor", "random"]
+Scope = Literal["global", "layer"]
+Precision = Literal["no", "fp16", "bf16"]
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Options(BaseModel):
+    """A frozen group of options; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+T = TypeVar("T", bound=Options)
+
+
+class ModelOptions(Options):
+    """Which network, and where NAM sits in it."""
+
+    model: str = "resnet20"
+    """resnet20, resnet56, timm:NAME?key=value, torchvision:NAME or file.py:function."""
+    nam: Attention = "both"
+    """Parts of NAM to attach: channel attention, spatial attention, both or none."""
+    nam_at: tuple[str, ...] = ()
+    """Globs of modules NAM follows; without it, the end of every residual branch."""
+
+
+class DataOptions(Options):
+    """Which images, and how they arrive."""
+
+    data: str = "mnist5k"
+    """mnist5k, fashion-mnist, digits, a folder of class folders, a timm data set, file.py:function."""
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    """Height and width in pixels the network sees; without it, the data's own."""
+    batch_size: Positive = 128
+    """Images per step."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes; 0 loads in the main process."""
+
+
+class RuntimeOptions(Options):
+    """Where and how reproducibly to compute."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, order, augmentation and splits."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+class TrainOptions(Options):
+    """The sparse training."""
+
+    epochs: Positive = 12
+    """Passes over the training images."""
+    lr: Annotated[float, Field(gt=0)] = 0.2
+    """Peak learning rate of the one-cycle schedule."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD (Nesterov)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay; scale factors and biases are left out."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the label spread over all classes."""
+    precision: Precision = "no"
+    """Mixed precision: no, fp16 or bf16."""
+
+
+class PenaltyOptions(Options):
+    """The sparsity penalty p·Σ|γ| + p·Σ|λ|."""
+
+    strength: Annotated[float, Field(ge=0)] = 1e-3
+    """Coefficient p of the penalty."""
+    penalty: PenaltyMethod = "proximal"
+    """proximal gives exact zeros, subgradient is the published form."""
+    penalize_nam: bool = True
+    """Put NAM's γ and λ under the penalty."""
+    penalize_bn: bool = True
+    """Put the host network's BN γ under the penalty."""
+    penalty_warmup: Fraction = 0.1
+    """Share of the steps over which the strength rises linearly from 0."""
+
+
+class PruneOptions(Options):
+    """How much to cut, and what."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Fraction of the prunable channels to remove, in [0, 1)."""
+    macs: str | None = None
+    """MACs that may remain: 50%, 0.5 or 2.1G."""
+    params: str | None = None
+    """Parameters that may remain: 50%, 0.5 or 1.2M."""
+    importance: Importance = "auto"
+    """Score that ranks the channels; auto is nam where NAM is attached, else bn."""
+    scope: Scope = "global"
+    """One ranking for the network, or the same fraction of every layer."""
+    round_to: Positive = 8
+    """Kept widths are multiples of this."""
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Smallest fraction of a layer that stays."""
+    ignore: tuple[str, ...] = ()
+    """Globs of layers to leave alone."""
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        given = [name for name in ("ratio", "macs", "params") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given together; give one target")
+        return self
+
+
+class RecoveryOptions(Options):
+    """What is done after the cut without training."""
+
+    recover: bool = True
+    """Recalibrate and fold after the cut."""
+    calibration: Positive = 1024
+    """Training images, without labels, that recovery may look at."""
+
+
+class FinetuneOptions(Options):
+    """The training after the cut."""
+
+    finetune_epochs: Annotated[int, Field(ge=0)] = 3
+    """Passes over the training images after the cut; 0 skips fine-tuning."""
+    finetune_lr: Annotated[float, Field(gt=0)] = 0.05
+    """Peak learning rate of fine-tuning."""
+
+
+class ExportOptions(Options):
+    """The ONNX file and its proof."""
+
+    parity_inputs: Annotated[int, Field(ge=1)] = 64
+    """Real inputs on which ONNX Runtime is compared with PyTorch."""
+    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest difference allowed, relative to the largest output."""
+    threads: Positive = 1
+    """Threads of ONNX Runtime while latency is measured."""
+
+
+class TrainCommand(ModelOptions, DataOptions, RuntimeOptions, TrainOptions, PenaltyOptions):
+    """Everything `nampruner train` needs."""
+
+
+class FinetuneCommand(RuntimeOptions, TrainOptions, FinetuneOptions):
+    """Everything `nampruner finetune` needs beside the checkpoint."""
+
+
+class PruneCommand(RuntimeOptions, PruneOptions, RecoveryOptions):
+    """Everything `nampruner prune` needs beside the checkpoint."""
+
+
+class Recipe(
+    ModelOptions,
+    DataOptions,
+    RuntimeOptions,
+    TrainOptions,
+    PenaltyOptions,
+    PruneOptions,
+    RecoveryOptions,
+    FinetuneOptions,
+    ExportOptions,
+):
+    """The whole way; `recipe.yaml` is this class written down."""
+
+
+def parse(cls: type[T], values: dict[str, Any], source: str) -> T:
+    """Build `cls` from plain values, with all mistakes in one message.
+
+    Raises:
+        NamPrunerError: a key is unknown or a value is out of range; `source` says where.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(cls, item) for item in error.errors()]
+        raise NamPrunerError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _explain(cls: type[Options], item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown option {key!r}.{did_you_mean(key, cls.model_fields)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key} = {item['input']!r}: {message}" if key else message
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a `recipe.yaml`.
+
+    Raises:
+        NamPrunerError: the file is missing, is not a YAML mapping, or holds a wrong option.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NamPrunerError(f"recipe {path}: {error.strerror}; give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise NamPrunerError(f"recipe {path}: not valid YAML ({error})") from None
+    if not isinstance(values, dict):
+        raise NamPrunerError(f"recipe {path}: holds no `option: value` lines")
+    return parse(Recipe, values, f"recipe {path}")

@@ -1,0 +1,199 @@
+"""The values that pass between the rooms: a plan, what it costs, and what certifies it.
+
+All are frozen, JSON, and know nothing of torch. Index lists are sorted and unique.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    """A frozen value with a JSON form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Request(Record):
+    """What the user asked for: exactly one of the targets is set."""
+
+    ratio: float | None = None
+    """Fraction of the prunable channels to remove."""
+    macs: str | None = None
+    """MACs that may remain, as a fraction (`50%`, `0.5`) or absolute (`2.1G`)."""
+    params: str | None = None
+    """Parameters that may remain, likewise."""
+
+
+class Achieved(Record):
+    """What came out after rounding and floors."""
+
+    ratio: float
+    """Fraction of the prunable channels removed."""
+    macs: float
+    """Fraction of the MACs that remains."""
+    params: float
+    """Fraction of the parameters that remains."""
+
+
+class Size(Record):
+    """How large a network is."""
+
+    params: int
+    """Elements of all parameters."""
+    macs: int
+    """Multiply–accumulates of one forward pass at batch 1."""
+
+
+class LayerPlan(Record):
+    """What happens to one group of channels, named after the first layer that produces it."""
+
+    layer: str
+    width_before: int
+    width_after: int
+    threshold: float | None = None
+    """Smallest importance that stays, or None where nothing is removed."""
+
+
+class LeftAlone(Record):
+    """A layer that keeps its width, and why."""
+
+    layer: str
+    reason: str
+
+
+class Repair(Record):
+    """An attribute that carried a width as a literal, and its new value."""
+
+    module: str
+    attribute: str
+    before: int | list[int]
+    after: int | list[int]
+
+
+class LayerRecovery(Record):
+    """How well one consumer's removed inputs are re-expressed by what stays."""
+
+    layer: str
+    removed: int
+    """Input channels removed from this consumer."""
+    explained: Annotated[float, Field(le=1.0)]
+    """Share of the variance of what was removed that recovery gives back."""
+    method: Literal["constant", "affine", "taps"]
+
+
+class Certificate(Record):
+    """Proof that the surgery is exact, and what the cut costs."""
+
+    max_relative_error: float
+    """Largest |masked - pruned| over the largest |masked|, worst output."""
+    inputs: int
+    """Inputs on which it was computed."""
+    dtype: Literal["float64"] = "float64"
+    output_error_cut: float | None = None
+    """‖slim - dense‖ / ‖dense‖ on calibration inputs right after the cut."""
+    output_error_recovered: float | None = None
+    """The same after recovery."""
+    top1_agreement_cut: float | None = None
+    top1_agreement_recovered: float | None = None
+    layers: tuple[LayerRecovery, ...] = ()
+
+
+class Parity(Record):
+    """ONNX Runtime against PyTorch on real inputs."""
+
+    max_abs: float
+    max_relative: float
+    """Largest absolute difference over the largest |output|."""
+    top1_agreement: float
+    inputs: int
+
+
+class Latency(Record):
+    """Measured time of one forward pass."""
+
+    median_ms: float
+    spread_ms: float
+    """Half of the distance between the 10th and the 90th percentile."""
+    runs: int
+    threads: int
+    batch: int
+    runtime: str
+    """For example `onnxruntime 1.32.0 CPUExecutionProvider`."""
+
+
+class PruningPlan(Record):
+    """Which channels go, decided before anything is cut."""
+
+    format: Literal[1] = 1
+    importance: str
+    scope: str
+    round_to: int
+    requested: Request
+    achieved: Achieved
+    before: Size
+    after: Size
+    layers: tuple[LayerPlan, ...]
+    left_alone: tuple[LeftAlone, ...]
+    removed: dict[str, dict[int, list[int]]]
+    """Parameter or buffer name → dimension → indices that go."""
+    masked: dict[str, dict[int, list[int]]]
+    """The part of `removed` that consumes: zeroing it makes the masked network."""
+    repairs: tuple[Repair, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<40} {'width':>13}  threshold"]
+        for row in self.layers:
+            widths = f"{row.width_before} → {row.width_after}"
+            threshold = "" if row.threshold is None else f"{row.threshold:.4g}"
+            lines.append(f"{row.layer:<40} {widths:>13}  {threshold}")
+        lines += [f"{row.layer:<40} left alone: {row.reason}" for row in self.left_alone]
+        asked: Any = self.requested.model_dump(exclude_none=True)
+        lines.append(
+            f"requested {asked}, achieved ratio {self.achieved.ratio:.3f}, "
+            f"MACs {self.achieved.macs:.1%}, params {self.achieved.params:.1%} of before"
+        )
+        return "\n".join(lines)
+
+
+class Measured(Record):
+    """One column of the before/after table."""
+
+    params: int
+    macs: int
+    accuracy: float | None = None
+    """Share of the test images classified right, in [0, 1]."""
+    size_bytes: int | None = None
+    """Size of the ONNX file."""
+    latency: Latency | None = None
+
+
+class PruneResult(Record):
+    """What `nampruner prune` reports."""
+
+    requested: Request
+    achieved: Achieved
+    before: Measured
+    after: Measured
+    certificate: Certificate
+    left_alone: tuple[LeftAlone, ...]
+    checkpoint: str | None = None
+
+
+class OnnxResult(Record):
+    """The exported file, its proof and its speed."""
+
+    path: str
+    parity: Parity
+    latency_ms: dict[str, float]
+    """Median per candidate: `dense` and `slim`."""
+
+
+class RunResult(PruneResult):
+    """What `nampruner run` reports; its accuracy after fine-tuning is `after.accuracy`."""
+
+    accuracy_cut: float | None = None
+    """Right after the cut, before recovery."""
+    accuracy_recovered: float | None = None
+    """After recovery, before fine-tuning."""
+    onnx: OnnxResult
