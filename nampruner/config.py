@@ -46,7 +46,7 @@ class DataOptions(Options):
     """Which images, and how they arrive."""
 
     data: str = "mnist5k"
-    """mnist5k, fashion-mnist, digits, a folder of class folders, a timm data set, file.py:function."""
+    """mnist5k, fashion-mnist, digits, a class-folder tree, a timm data set or file.py:function."""
     image_size: Annotated[int, Field(ge=8)] | None = None
     """Height and width in pixels the network sees; without it, the data's own."""
     batch_size: Positive = 128
