@@ -13,7 +13,7 @@ from nampruner.plan import PruningPlan, Record
 _ATTRIBUTE = "_nampruner_lineage"
 
 Value = bool | int | float | str | None
-Literals = int | list[int]
+Literals = int | tuple[int, ...]
 
 
 class NamSite(Record):
@@ -25,6 +25,7 @@ class NamSite(Record):
     height: int
     width: int
     detach_weight: bool = False
+    gain: float = 1.0
 
 
 class Lineage(Record):

@@ -67,8 +67,8 @@ class Repair(Record):
 
     module: str
     attribute: str
-    before: int | list[int]
-    after: int | list[int]
+    before: int | tuple[int, ...]
+    after: int | tuple[int, ...]
 
 
 class LayerRecovery(Record):

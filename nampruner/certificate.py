@@ -1,0 +1,128 @@
+"""Masked against pruned: the proof that a cut is exact, and the search for what is at fault.
+
+*Masked* is the original with the removed input slices of every consumer set to zero; *pruned* is
+the same with everything removed for real. In float64 they must agree to 1e-9.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from nampruner.errors import CertificateError
+from nampruner.graph import call_model
+from nampruner.plan import Certificate, PruningPlan
+from nampruner.surgery import cut
+
+TOLERANCE = 1e-9
+Forward = Callable[[nn.Module, Any], Any]
+T = TypeVar("T")
+
+
+def certify(
+    model: nn.Module,
+    slim: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    forward: Forward | None = None,
+) -> Certificate:
+    """Compare the masked original with `slim`, straight after the cut, in float64.
+
+    A scale factor of exactly 0 would hide a wrong cut behind it, so where there are any the same
+    plan is tried once more on a copy whose zeros are stirred.
+
+    Raises:
+        CertificateError: the pruned network does not run, or computes something else.
+    """
+    run = forward or call_model
+    inputs = tree_map(_double, example_inputs)
+    dense = _exact(model)
+    error = _difference(_masked(dense, plan), _exact(slim), inputs, run)
+    if _stir(dense):
+        error = max(error, _difference(_masked(dense, plan), cut(dense, plan), inputs, run))
+    if not error <= TOLERANCE:
+        raise CertificateError(
+            f"the cut is not exact: pruned and masked differ by {error:.1e} (relative), "
+            f"allowed is {TOLERANCE:.0e}"
+        )
+    first = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
+    return Certificate(max_relative_error=error, inputs=first.shape[0] if first.dim() else 1)
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _exact(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).double().eval()
+
+
+def _masked(dense: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The original with the removed slices of its consumers at zero."""
+    masked = copy.deepcopy(dense)
+    tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
+    with torch.no_grad():
+        for name, dims in plan.masked.items():
+            for dim, gone in dims.items():
+                index = torch.tensor(gone, device=tensors[name].device)
+                tensors[name].index_fill_(dim, index, 0)
+    return masked
+
+
+def _stir(model: nn.Module) -> bool:
+    """Replace exact zeros among the scale factors; tell whether there were any."""
+    generator = torch.Generator().manual_seed(0)
+    found = False
+    with torch.no_grad():
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and weight is not None:
+                noise = (torch.rand(weight.shape, generator=generator) + 0.5).to(weight)
+                found |= bool((weight == 0).any())
+                weight.copy_(torch.where(weight == 0, noise, weight))
+    return found
+
+
+def _difference(masked: nn.Module, slim: nn.Module, inputs: Any, run: Forward) -> float:
+    """Largest |masked - pruned| over the largest |masked|, worst output; NaN counts as infinite."""
+    with torch.no_grad():
+        wanted = _tensors(run(masked, copy.deepcopy(inputs)))
+        try:
+            got = _tensors(run(slim, copy.deepcopy(inputs)))
+        except Exception as error:  # any failure of the slim network is the cut's fault
+            raise CertificateError(f"the pruned network does not run: {error}") from error
+    if [t.shape for t in wanted] != [t.shape for t in got]:
+        raise CertificateError("the pruned network returns other shapes than the original")
+    worst = 0.0
+    for a, b in zip(wanted, got, strict=True):
+        ratio = ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item() if a.numel() else 0.0
+        worst = max(worst, ratio if ratio == ratio else float("inf"))
+    return worst
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(outputs)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def culprits(items: Sequence[T], holds: Callable[[Sequence[T]], bool]) -> list[T]:
+    """The items at fault, by halving: those that fail alone, or together with what already holds.
+
+    `holds` tells whether cutting just these items is exact.
+    """
+    good: list[T] = []
+    bad: list[T] = []
+
+    def search(part: Sequence[T]) -> None:
+        if holds([*good, *part]):
+            good.extend(part)
+        elif len(part) == 1:
+            bad.extend(part)
+        else:
+            search(part[: len(part) // 2])
+            search(part[len(part) // 2 :])
+
+    search(items)
+    return bad

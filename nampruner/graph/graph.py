@@ -1,0 +1,310 @@
+"""The dependency graph as a value: units, what they touch, what is frozen, what a width costs.
+
+It knows no ratio, no score and no library. Arrays of labels are int64; unit 0 is the fixed width.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+from nampruner.graph.tracer import Contraction, Ledger, Slot
+from nampruner.plan import LeftAlone, Size
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Units = Callable[[Tensor], Ints]
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A contraction in units: factor · kept(outputs) · kept(inputs) MACs."""
+
+    module: str
+    factor: float
+    outputs: Ints
+    inputs: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Width:
+    """Numbers some op in `module` was called with, and the units that each counts."""
+
+    module: str
+    op: str
+    before: int | tuple[int, ...]
+    counted: tuple[Ints, ...]
+
+    def after(self, removed: Bools) -> int | tuple[int, ...]:
+        """The numbers once `removed` units are gone."""
+        kept = tuple(int((~removed[units]).sum()) for units in self.counted)
+        return kept[0] if isinstance(self.before, int) else kept
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGroup:
+    """Units that touch the same slots: interchangeable channels of the same layers."""
+
+    name: str
+    """The first layer that produces them."""
+    units: Ints
+    multiplicity: int
+    """Channels of that layer per unit: 1, or more where channels are tied to one another."""
+    slots: Mapping[int, int]
+    """Slot number → indices of that slot per unit."""
+
+    @property
+    def width(self) -> int:
+        return len(self.units) * self.multiplicity
+
+
+@dataclass(frozen=True, eq=False)
+class DependencyGraph:
+    """What goes together when a channel goes."""
+
+    slots: tuple[Slot, ...]
+    unit_of: Ints
+    """Label → unit."""
+    frozen: Mapping[int, str]
+    """Unit → why it cannot go."""
+    consumers: frozenset[int]
+    """Slots whose removed slices are zeroed in the masked network."""
+    products: tuple[Product, ...]
+    widths: tuple[Width, ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    """Parameter → shape; buffers are not counted as parameters."""
+
+    def units(self, slot: Slot) -> Ints:
+        """Units of a slot, index by index [size]."""
+        found: Ints = self.unit_of[slot.start : slot.start + slot.size]
+        return found
+
+    def freeze(self, units: Iterable[int], reason: str) -> "DependencyGraph":
+        """The same graph with more units frozen."""
+        more = {int(unit): reason for unit in units}
+        return replace(self, frozen={**more, **self.frozen})
+
+    @cached_property
+    def count(self) -> int:
+        """Number of units, the fixed one included."""
+        return int(self.unit_of.max()) + 1
+
+    @cached_property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """All groups with a channel to spare, in the order of the forward pass."""
+        free = self._producible()
+        unit, slot, times = self._touches()
+        signature: dict[int, list[tuple[int, int]]] = {}
+        for u, s, n in zip(unit.tolist(), slot.tolist(), times.tolist(), strict=True):
+            if free[u]:
+                signature.setdefault(u, []).append((s, n))
+        members: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        named: dict[tuple[tuple[int, int], ...], tuple[str, int]] = {}
+        for product in self.products:
+            for u, n in Counter(product.outputs.tolist()).items():
+                key = tuple(signature.pop(u, ()))
+                if key:
+                    members.setdefault(key, []).append(u)
+                    named.setdefault(key, (product.module, n))
+        return tuple(
+            UnitGroup(named[key][0], np.array(units), named[key][1], dict(key))
+            for key, units in members.items()
+            if len(units) > 1
+        )
+
+    def _producible(self) -> Bools:
+        free = np.zeros(self.count, dtype=bool)
+        for product in self.products:
+            free[product.outputs] = True
+        free[list(self.frozen)] = False
+        free[0] = False
+        return free
+
+    def _touches(self) -> tuple[Ints, Ints, Ints]:
+        slot = np.repeat(np.arange(len(self.slots)), [s.size for s in self.slots])
+        unit = np.concatenate([self.units(s) for s in self.slots])
+        pairs, times = np.unique(np.stack([unit, slot]), axis=1, return_counts=True)
+        return pairs[0], pairs[1], times
+
+    def left_alone(self) -> tuple[LeftAlone, ...]:
+        """Every layer none of whose outputs can go, with the reason."""
+        free = {int(u) for group in self.groups for u in group.units}
+        rows: dict[str, str] = {}
+        for product in self.products:
+            units = product.outputs.tolist()
+            if product.module in rows or any(u in free for u in units):
+                continue
+            reasons = Counter(self.frozen[u] for u in units if u in self.frozen)
+            tied = "its channels are all tied together" if any(units) else "has a fixed width"
+            rows[product.module] = reasons.most_common(1)[0][0] if reasons else tied
+        return tuple(LeftAlone(layer=name, reason=why) for name, why in rows.items())
+
+    def mask(self, removed: Iterable[int]) -> Bools:
+        """Units as a boolean array [count]."""
+        out = np.zeros(self.count, dtype=bool)
+        out[list(removed)] = True
+        return out
+
+    def indices(self, removed: Bools, *, consumed: bool = False) -> dict[str, dict[int, list[int]]]:
+        """Parameter or buffer → dimension → indices of the removed units (in consumers only)."""
+        out: dict[str, dict[int, list[int]]] = {}
+        for number, slot in enumerate(self.slots):
+            if consumed and number not in self.consumers:
+                continue
+            gone = np.flatnonzero(removed[self.units(slot)])
+            if len(gone):
+                out.setdefault(slot.name, {})[slot.dim] = gone.tolist()
+        return out
+
+    @cached_property
+    def cost(self) -> "Cost":
+        """MACs and parameters as functions of the groups' widths."""
+        return Cost.of(self)
+
+    def size(self, removed: Bools) -> Size:
+        """MACs (batch 1) and parameters once `removed` units are gone."""
+        kept = np.array([int((~removed[g.units]).sum()) for g in self.groups], dtype=np.float64)
+        return Size(params=round(self.cost.params(kept)), macs=round(self.cost.macs(kept)))
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """Sizes are sums of products of widths, and each width is affine in the kept units per group.
+
+    A width is fixed + counts · kept, with kept [groups] the units that stay in each group.
+    """
+
+    factors: NDArray[np.float64]
+    outputs: tuple[NDArray[np.float64], NDArray[np.float64]]
+    """Of every product: counts [products, groups] and fixed part [products]."""
+    inputs: tuple[NDArray[np.float64], NDArray[np.float64]]
+    parameters: tuple[tuple[float, tuple[tuple[NDArray[np.float64], float], ...]], ...]
+    """Of every parameter that can shrink: constant factor, and (counts, fixed) per dimension."""
+    constant: float
+    """Elements of the parameters that cannot shrink."""
+
+    @staticmethod
+    def of(graph: DependencyGraph) -> "Cost":
+        group_of = np.full(graph.count, -1)
+        for number, group in enumerate(graph.groups):
+            group_of[group.units] = number
+
+        def affine(units: Ints) -> tuple[NDArray[np.float64], float]:
+            owner = group_of[units]
+            counts = np.bincount(owner[owner >= 0], minlength=len(graph.groups)).astype(float)
+            for number, group in enumerate(graph.groups):
+                counts[number] /= len(group.units)
+            return counts, float((owner < 0).sum())
+
+        def stacked(sides: list[Ints]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            rows = [affine(units) for units in sides]
+            if not rows:
+                return np.zeros((0, len(graph.groups))), np.zeros(0)
+            return np.stack([r[0] for r in rows]), np.array([r[1] for r in rows])
+
+        parameters, constant = [], 0.0
+        dims: dict[str, dict[int, tuple[NDArray[np.float64], float]]] = {}
+        for slot in graph.slots:
+            counts, rest = affine(graph.units(slot))
+            if counts.any():
+                dims.setdefault(slot.name, {})[slot.dim] = (counts, rest)
+        for name, shape in graph.shapes.items():
+            moving = dims.get(name, {})
+            still = float(np.prod([n for d, n in enumerate(shape) if d not in moving]))
+            if moving:
+                parameters.append((still, tuple(moving.values())))
+            else:
+                constant += still
+        return Cost(
+            np.array([p.factor for p in graph.products]),
+            stacked([p.outputs for p in graph.products]),
+            stacked([p.inputs for p in graph.products]),
+            tuple(parameters),
+            constant,
+        )
+
+    def macs(self, kept: NDArray[np.float64]) -> float:
+        """Multiply–accumulates at batch 1."""
+        outputs = self.outputs[0] @ kept + self.outputs[1]
+        inputs = self.inputs[0] @ kept + self.inputs[1]
+        return float((self.factors * outputs * inputs).sum())
+
+    def params(self, kept: NDArray[np.float64]) -> float:
+        """Elements of all parameters."""
+        total = self.constant
+        for still, dims in self.parameters:
+            for counts, rest in dims:
+                still *= float(counts @ kept + rest)
+            total += still
+        return total
+
+
+def build(ledger: Ledger, model: nn.Module) -> DependencyGraph:
+    """Close the ties (connected components) and turn the ledger into the value."""
+    unit_of = _components(ledger)
+
+    def units(labels: Tensor) -> Ints:
+        found: Ints = unit_of[labels.reshape(-1).numpy()]
+        return found
+
+    frozen: dict[int, str] = {}
+    for labels, why in ledger.frozen:
+        for unit in np.unique(units(labels)).tolist():
+            frozen.setdefault(unit, why)
+    frozen.pop(0, None)
+    return DependencyGraph(
+        slots=tuple(ledger.slots),
+        unit_of=unit_of,
+        frozen=frozen,
+        consumers=_masked_slots(ledger),
+        products=tuple(_product(c, units) for c in ledger.contractions),
+        widths=tuple(
+            Width(w.module, w.op, w.before, tuple(units(v) for v in w.counted))
+            for w in ledger.literals
+        ),
+        shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
+    )
+
+
+def _product(contraction: Contraction, units: Units) -> Product:
+    return Product(
+        contraction.module,
+        contraction.factor,
+        units(contraction.outputs),
+        units(contraction.inputs),
+    )
+
+
+def _components(ledger: Ledger) -> Ints:
+    pairs = np.concatenate([t.numpy() for t in ledger.ties] or [np.zeros((0, 2), dtype=np.int64)])
+    size = (ledger.labels, ledger.labels)
+    links = coo_matrix((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=size)
+    found = connected_components(links, directed=False)[1].astype(np.int64)
+    # label 0 meets nothing, so its component is its own; it becomes unit 0
+    order = np.where(found == found[0], 0, found + 1)
+    return np.unique(order, return_inverse=True)[1].astype(np.int64)
+
+
+def _masked_slots(ledger: Ledger) -> frozenset[int]:
+    starts = np.array([slot.start for slot in ledger.slots])
+
+    def owners(labels: list[Tensor]) -> set[int]:
+        used = [np.unique(v[v > 0].numpy()) for v in labels]
+        hits = np.concatenate(used or [np.zeros(0, dtype=np.int64)])
+        return set(np.unique(np.searchsorted(starts, hits, side="right") - 1).tolist())
+
+    silenced = owners(ledger.silenced)
+    modules = {ledger.slots[i].name.rpartition(".")[0] for i in silenced}
+    # a producer that is silenced loses its bias too
+    biases = {
+        i
+        for i, slot in enumerate(ledger.slots)
+        if slot.name.rpartition(".")[0] in modules and slot.name.endswith("bias")
+    }
+    return frozenset(owners(ledger.consumed) | silenced | biases)

@@ -1,0 +1,167 @@
+"""Prune a model in Python: trace → score → select → cut → certify → recover.
+
+A plan that comes out of here has been carried out on a copy and certified. A cut that turns out
+wrong costs its channels their freedom, and the plan is made again.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from nampruner.certificate import Forward, certify, culprits
+from nampruner.config import PruneOptions, parse
+from nampruner.errors import CertificateError
+from nampruner.graph import DependencyGraph, UnitGroup, trace
+from nampruner.importance import Custom, Labelled, Scores, score
+from nampruner.plan import Certificate, PruningPlan
+from nampruner.selection import select
+from nampruner.surgery import cut, find_repairs
+
+_NARROW = ("convolution", "split", "split_with_sizes", "slice")
+_REPAIRS = (_NARROW, (*_NARROW, "view", "_unsafe_view", "reshape"), ())
+"""Which literals to repair: first those that surely count channels, then all, then none."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A plan, carried out and certified."""
+
+    model: nn.Module
+    plan: PruningPlan
+    certificate: Certificate
+
+
+def plan_pruning(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    importance: str | Custom = "auto",
+    batches: Labelled | None = None,
+    forward: Forward | None = None,
+    **options: Any,
+) -> PruningPlan:
+    """Decide which channels go; `model` is not changed.
+
+    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`; and `scope`,
+    `round_to`, `floor`, `ignore`. `importance` may be a callable, see `nampruner.importance.score`.
+
+    Raises:
+        NamPrunerError: an option is wrong.
+        GraphError: nothing can be cut.
+        CertificateError: no exact cut was found.
+    """
+    chosen = _options(importance, options)
+    graph = trace(model, example_inputs, forward)
+    scores = score(model, graph, importance, batches=batches)
+    return settle(model, graph, scores, chosen, example_inputs, forward).plan
+
+
+def _options(importance: str | Custom, options: dict[str, Any]) -> PruneOptions:
+    if callable(importance):
+        return parse(PruneOptions, options, "prune")
+    return parse(PruneOptions, {**options, "importance": importance}, "prune")
+
+
+def settle(
+    model: nn.Module,
+    graph: DependencyGraph,
+    scores: Scores,
+    options: PruneOptions,
+    example_inputs: Any,
+    forward: Forward | None = None,
+) -> Cut:
+    """Select, cut and certify; freeze what is at fault and select again until the cut is exact.
+
+    Raises:
+        GraphError, CertificateError: see `plan_pruning`.
+    """
+    while True:
+        plan = select(graph, scores, options)
+        attempt = _attempt(model, graph, plan, example_inputs, forward)
+        if isinstance(attempt, Cut):
+            return attempt
+        graph = _without_culprits(model, graph, plan, example_inputs, forward, attempt)
+
+
+def _attempt(
+    model: nn.Module,
+    graph: DependencyGraph,
+    plan: PruningPlan,
+    inputs: Any,
+    forward: Forward | None,
+) -> Cut | CertificateError:
+    """Carry the plan out, repairing as few literals as make it exact."""
+    removed = _removed_units(graph, plan)
+    tried, failure = set(), CertificateError("nothing was tried")
+    for ops in _REPAIRS:
+        repairs = find_repairs(model, graph, removed, ops)
+        if repairs in tried:
+            continue
+        tried.add(repairs)
+        candidate = plan.model_copy(update={"repairs": repairs})
+        slim = cut(model, candidate)
+        try:
+            return Cut(slim, candidate, certify(model, slim, candidate, inputs, forward))
+        except CertificateError as error:
+            failure = error
+    return failure
+
+
+def _removed_units(graph: DependencyGraph, plan: PruningPlan) -> Any:
+    removed = graph.mask([])
+    for slot in graph.slots:
+        removed[graph.units(slot)[plan.removed.get(slot.name, {}).get(slot.dim, [])]] = True
+    return removed
+
+
+def _without_culprits(
+    model: nn.Module,
+    graph: DependencyGraph,
+    plan: PruningPlan,
+    inputs: Any,
+    forward: Forward | None,
+    failure: CertificateError,
+) -> DependencyGraph:
+    removed = _removed_units(graph, plan)
+
+    def holds(groups: Any) -> bool:
+        part = graph.mask([u for g in groups for u in g.units[removed[g.units]]])
+        lists = {
+            "removed": graph.indices(part),
+            "masked": graph.indices(part, consumed=True),
+        }
+        smaller = plan.model_copy(update=lists)
+        return isinstance(_attempt(model, graph, smaller, inputs, forward), Cut)
+
+    touched: list[UnitGroup] = [g for g in graph.groups if removed[g.units].any()]
+    bad = culprits(touched, holds)
+    if not bad:
+        raise failure
+    for group in bad:
+        graph = graph.freeze(group.units, f"a cut here is not exact ({failure})")
+    return graph
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    data: Iterable[Tensor] | None = None,
+    importance: str | Custom = "auto",
+    batches: Labelled | None = None,
+    forward: Forward | None = None,
+    **options: Any,
+) -> Cut:
+    """Plan, cut, certify, and recover where `data` (batches of inputs, no labels) is given.
+
+    Returns the slim `.model`, its `.plan` and its `.certificate`; `model` is untouched.
+
+    Raises:
+        NamPrunerError: see `plan_pruning`.
+    """
+    chosen = _options(importance, options)
+    graph = trace(model, example_inputs, forward)
+    scores = score(model, graph, importance, batches=batches)
+    return settle(model, graph, scores, chosen, example_inputs, forward)
