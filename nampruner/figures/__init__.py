@@ -1,0 +1,18 @@
+"""Pictures from values: scale factors, widths, training curves; the only room with matplotlib.
+
+Each function returns a `matplotlib.figure.Figure` whose title says what it shows. matplotlib is
+imported when a figure is made, and pyplot never: no backend is chosen, no figure is kept alive.
+"""
+
+from nampruner.figures.factors import layer_histograms, scale_factor_histogram
+from nampruner.figures.network import training_curves, widths
+from nampruner.figures.style import save, svg
+
+__all__ = [
+    "layer_histograms",
+    "save",
+    "scale_factor_histogram",
+    "svg",
+    "training_curves",
+    "widths",
+]

@@ -1,0 +1,149 @@
+"""What a plan does to the widths, and how training went."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from nampruner.figures.style import (
+    AFTER,
+    BEFORE,
+    MUTED,
+    PALE,
+    blank,
+    grouped,
+    legend_below,
+    shortened,
+    styled,
+)
+from nampruner.plan import LayerPlan, PruningPlan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def widths(plan: PruningPlan) -> "Figure":
+    """Draw the width of every layer before and after the cut, the first layer on top."""
+    rows = plan.layers
+    total = sum(row.width_before for row in rows)
+    removed = total - sum(row.width_after for row in rows)
+    with styled():
+        figure = blank(7.0, 0.19 * len(rows) + 1.3)
+        axes = figure.subplots()
+        places = range(len(rows))
+        axes.barh(places, [row.width_before for row in rows], color=PALE, label="removed")
+        _draw_kept(axes, rows)
+        _label_widths(axes, rows)
+        share = f" ({100 * removed / total:.0f} %)" if total else ""
+        axes.set_title(f"{grouped(removed)} of {grouped(total)} channels go{share}")
+        axes.set_xlabel("channels")
+        legend_below(figure, axes)
+    return figure
+
+
+def _draw_kept(axes: "Axes", rows: Sequence[LayerPlan]) -> None:
+    for color, label, cut in ((BEFORE, "kept", True), (MUTED, "whole layer kept", False)):
+        some = {
+            place: row.width_after
+            for place, row in enumerate(rows)
+            if (row.width_after < row.width_before) is cut
+        }
+        if some:
+            axes.barh(list(some), list(some.values()), color=color, height=0.5, label=label)
+
+
+def _label_widths(axes: "Axes", rows: Sequence[LayerPlan]) -> None:
+    for place, row in enumerate(rows):
+        cut = row.width_after != row.width_before
+        text = f"{row.width_before} → {row.width_after}" if cut else str(row.width_before)
+        axes.annotate(
+            text,
+            (row.width_before, place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+        )
+    axes.set_yticks(range(len(rows)), [shortened(row.layer, 40) for row in rows], fontsize=7)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+
+
+def training_curves(metrics: Rows) -> "Figure":
+    """Draw accuracy, loss and exact zeros over the epochs, stage after stage.
+
+    Args:
+        metrics: rows of `metrics.jsonl`: stage, epoch, loss, train_accuracy,
+            validation_accuracy, zeros; what a row lacks leaves a gap.
+    """
+    with styled():
+        figure = blank(7.0, 5.6)
+        accuracy, loss, zeros = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
+        _draw_curve(accuracy, metrics, "train_accuracy", BEFORE)
+        _draw_curve(accuracy, metrics, "validation_accuracy", AFTER)
+        _draw_curve(loss, metrics, "loss", BEFORE)
+        _draw_curve(zeros, metrics, "zeros", BEFORE)
+        accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        accuracy.set_title(_accuracy_found(metrics), pad=18)
+        loss.set_yscale("log")
+        for axes, label in ((accuracy, "accuracy"), (loss, "loss"), (zeros, "scale factors at 0")):
+            axes.set_ylabel(label)
+            axes.grid(axis="y")
+        _mark_stages((accuracy, loss, zeros), metrics)
+        legend_below(figure, accuracy)
+    return figure
+
+
+def _stages(metrics: Rows) -> list[tuple[str, list[tuple[int, Mapping[str, Any]]]]]:
+    """Return stage → its rows, each with its place on the common axis, counted from 1."""
+    numbered = enumerate(metrics, start=1)
+    return [
+        (stage, list(rows))
+        for stage, rows in groupby(numbered, key=lambda item: str(item[1].get("stage", "")))
+    ]
+
+
+def _draw_curve(axes: "Axes", metrics: Rows, key: str, color: str) -> None:
+    """Draw one line per stage: across a cut there is nothing to connect."""
+    label = key.split("_")[0]
+    for _, rows in _stages(metrics):
+        points = [(place, row[key]) for place, row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), color=color, marker="o", markersize=3, label=label
+            )
+            label = "_nolegend_"
+
+
+def _mark_stages(all_axes: Sequence["Axes"], metrics: Rows) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    all_axes[-1].set_xlabel("epoch, all stages")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for stage, rows in _stages(metrics):
+        start = rows[0][0] - 0.5
+        for axes in all_axes if rows[0][0] > 1 else ():
+            axes.axvline(start, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        place = (start, 1.0)
+        all_axes[0].annotate(
+            stage,
+            place,
+            (2, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=8,
+        )
+
+
+def _accuracy_found(metrics: Rows) -> str:
+    last = {
+        str(row.get("stage", "")): row["validation_accuracy"]
+        for row in metrics
+        if row.get("validation_accuracy") is not None
+    }
+    ends = ", ".join(f"{100 * value:.2f} % after {stage}" for stage, value in last.items())
+    return f"Validation accuracy: {ends}" if ends else "No validation accuracy recorded"

@@ -1,0 +1,229 @@
+"""One self-contained HTML file about a run, and the one place where its numbers become text.
+
+`before_after_rows` is what the terminal shows and what the file shows; they cannot disagree.
+"""
+
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from nampruner.figures import svg
+from nampruner.latency import compare
+from nampruner.plan import (
+    Achieved,
+    Certificate,
+    Latency,
+    Parity,
+    PruneResult,
+    PruningPlan,
+    Request,
+    RunResult,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = tuple[str, str, str, str]
+"""Label, dense, slim, change."""
+
+_NOTHING = "–"
+_PREFIXES = ("", "k", "M", "G", "T")
+
+
+def count(number: float) -> str:
+    """Write a count with three significant digits: 272474 → `272 k`, 40812544 → `40.8 M`."""
+    power = 0
+    while power < len(_PREFIXES) - 1 and float(f"{number:.3g}") >= 1000:
+        number, power = number / 1000, power + 1
+    if power == 0:
+        return f"{number:.0f}"
+    whole = len(str(int(float(f"{number:.3g}"))))
+    return f"{number:.{max(3 - whole, 0)}f} {_PREFIXES[power]}"
+
+
+def size(size_bytes: int) -> str:
+    """Write a file size in decimal units: 1090000 → `1.09 MB`."""
+    text = count(size_bytes)
+    return f"{text}B" if " " in text else f"{text} B"
+
+
+def percent(share: float) -> str:
+    """Write a share of 1 as percent with two digits: 0.974 → `97.40 %`."""
+    return f"{100 * share:.2f} %"
+
+
+def milliseconds(latency: Latency) -> str:
+    """Write median and spread, with two digits of the spread: `1.94 ± 0.05 ms`."""
+    digits = 1 if latency.spread_ms >= 1 else 2 if latency.spread_ms >= 0.1 else 3
+    return f"{latency.median_ms:.{digits}f} ± {latency.spread_ms:.{digits}f} ms"
+
+
+def _signed(number: float, unit: str, digits: int) -> str:
+    """Write a difference with a true minus, and a zero without a sign."""
+    text = f"{number:+.{digits}f}".replace("-", "−")
+    return f"{text.lstrip('+−') if float(f'{number:.{digits}f}') == 0 else text} {unit}"
+
+
+def _change(before: float, after: float) -> str:
+    return _signed(100 * (after / before - 1), "%", 1) if before else _NOTHING
+
+
+def _points(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return _NOTHING
+    # The difference of the rounded shares: what the reader sees in the row must add up.
+    return _signed(round(100 * after, 2) - round(100 * before, 2), "points", 2)
+
+
+def before_after_rows(result: PruneResult) -> list[Row]:
+    """Return the before/after table: (label, dense, slim, change), all ready to be shown.
+
+    Rows for which nothing was measured are left out.
+    """
+    return [
+        *_accuracy_rows(result),
+        *_size_rows(result),
+        *_latency_rows(result),
+        *(_parity_rows(result.onnx.parity) if isinstance(result, RunResult) else ()),
+    ]
+
+
+def _accuracy_rows(result: PruneResult) -> list[Row]:
+    stages = [("test accuracy", result.after.accuracy)]
+    if isinstance(result, RunResult):
+        stages.append(("… right after the cut", result.accuracy_cut))
+        stages.append(("… recovered, not yet trained", result.accuracy_recovered))
+    dense = result.before.accuracy
+    shown = _NOTHING if dense is None else percent(dense)
+    return [
+        (label, shown, percent(slim), _points(dense, slim))
+        for label, slim in stages
+        if slim is not None
+    ]
+
+
+def _size_rows(result: PruneResult) -> list[Row]:
+    before, after = result.before, result.after
+    rows = [
+        ("params", count(before.params), count(after.params), _change(before.params, after.params)),
+        ("MACs", count(before.macs), count(after.macs), _change(before.macs, after.macs)),
+    ]
+    if before.size_bytes is not None and after.size_bytes is not None:
+        change = _change(before.size_bytes, after.size_bytes)
+        rows.append(("ONNX file", size(before.size_bytes), size(after.size_bytes), change))
+    return rows
+
+
+def _latency_rows(result: PruneResult) -> list[Row]:
+    dense, slim = result.before.latency, result.after.latency
+    if dense is None or slim is None:
+        return []
+    threads = "1 thread" if slim.threads == 1 else f"{slim.threads} threads"
+    label = f"latency, batch {slim.batch}, {threads}"
+    return [(label, milliseconds(dense), milliseconds(slim), str(compare(dense, slim)))]
+
+
+def _parity_rows(parity: Parity) -> list[Row]:
+    agreement = f"top-1 agrees on {percent(parity.top1_agreement)} of {parity.inputs} inputs"
+    return [("ONNX against PyTorch", "", f"{parity.max_relative:.1e} apart", agreement)]
+
+
+def requested_and_achieved(requested: Request, achieved: Achieved) -> str:
+    """Say in one sentence what was asked for and what came out."""
+    asked = [
+        f"ratio {value:g}" if name == "ratio" else f"{name.replace('macs', 'MACs')} {value}"
+        for name, value in requested.model_dump(exclude_none=True).items()
+    ]
+    return (
+        f"Requested {', '.join(asked) or 'nothing'}; achieved ratio {achieved.ratio:.3f}, "
+        f"{100 * achieved.macs:.1f} % of the MACs "
+        f"and {100 * achieved.params:.1f} % of the parameters remain"
+    )
+
+
+def certificate_rows(certificate: Certificate) -> list[tuple[str, str]]:
+    """Return what the certificate says: (label, value); what was not computed is left out."""
+    exact = (
+        f"{certificate.max_relative_error:.1e} on {certificate.inputs} inputs "
+        f"in {certificate.dtype}"
+    )
+    kept: list[tuple[str, float | None]] = [
+        ("output error after the cut", certificate.output_error_cut),
+        ("output error after recovery", certificate.output_error_recovered),
+        ("top-1 agreement with dense after the cut", certificate.top1_agreement_cut),
+        ("top-1 agreement with dense after recovery", certificate.top1_agreement_recovered),
+    ]
+    found = [(label, percent(value)) for label, value in kept if value is not None]
+    return [("masked against pruned", exact), *found]
+
+
+@dataclass(frozen=True)
+class _Picture:
+    caption: str
+    source: str
+
+
+def render(
+    result: RunResult,
+    *,
+    plan: PruningPlan,
+    title: str,
+    facts: Mapping[str, str],
+    figures: "Mapping[str, Figure]",
+) -> str:
+    """Return the report as one HTML page that loads nothing from elsewhere.
+
+    Args:
+        facts: what the numbers depend on (hardware, versions …); `command` is the line that
+            gives them again.
+        figures: caption → figure.
+    """
+    known = {key: text for key, text in facts.items() if key != "command"}
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            finding=_finding(result),
+            sentence=requested_and_achieved(result.requested, result.achieved),
+            rows=before_after_rows(result),
+            runtime=result.after.latency.runtime if result.after.latency else None,
+            certificate=certificate_rows(result.certificate),
+            recovery=result.certificate.layers,
+            plan=plan,
+            left_alone=result.left_alone,
+            command=facts.get("command"),
+            facts=known,
+            pictures=[_picture(caption, figure) for caption, figure in figures.items()],
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("nampruner", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment
+
+
+def _finding(result: RunResult) -> str:
+    """Say the result in one line, the unwelcome part too."""
+    parts = [f"{100 * result.after.macs / result.before.macs:.0f} % of the MACs"]
+    if result.before.accuracy is not None and result.after.accuracy is not None:
+        parts.append(f"{_points(result.before.accuracy, result.after.accuracy)} of accuracy")
+    if result.before.latency and result.after.latency:
+        parts.append(f"latency: {compare(result.before.latency, result.after.latency)}")
+    return " · ".join(parts)
+
+
+def _picture(caption: str, figure: "Figure") -> _Picture:
+    data = b64encode(svg(figure)).decode("ascii")
+    return _Picture(caption, f"data:image/svg+xml;base64,{data}")
