@@ -24,16 +24,17 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 Forward = Callable[[nn.Module, Any], Any]
 M = TypeVar("M", bound=type[nn.Module])
 
-_CHANNELWISE: set[type[nn.Module]] = set()
+_CHANNELWISE: dict[type[nn.Module], bool] = {}
 
 
-def channelwise(cls: M) -> M:
+def channelwise(cls: M, *, parameters: bool = True) -> M:
     """Declare that a module treats every channel alone (usable as a decorator).
 
     Its input and output are [N, C, …]; every parameter or buffer dimension of length C belongs to
-    the channels. The tracer does not look inside. A wrong declaration is caught by the certificate.
+    the channels, unless `parameters` says that none does. The tracer does not look inside. A wrong
+    declaration is caught by the certificate.
     """
-    _CHANNELWISE.add(cls)
+    _CHANNELWISE[cls] = parameters
     return cls
 
 

@@ -179,7 +179,7 @@ class Tracer(TorchDispatchMode):
         self,
         model: nn.Module,
         rules: Mapping[str, Rule],
-        channelwise: set[type[nn.Module]],
+        channelwise: Mapping[type[nn.Module], bool],
         batch: int,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -188,7 +188,7 @@ class Tracer(TorchDispatchMode):
         self.stack: list[str] = []
         self.active: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._rules = rules
-        self._channelwise = tuple(channelwise)
+        self._channelwise = channelwise
         self._inside = 0  # > 0 while a channel-wise module runs: its ops are not looked at
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -272,11 +272,11 @@ class Tracer(TorchDispatchMode):
     def _enter(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._paths:
             self.stack.append(self._paths[id(module)])
-        if isinstance(module, self._channelwise):
+        if type(module) in self._channelwise:
             self._inside += 1
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        if isinstance(module, self._channelwise):
+        if type(module) in self._channelwise:
             self._inside -= 1
             if not self._inside:
                 self._cross(module, args[0], out)
@@ -288,7 +288,8 @@ class Tracer(TorchDispatchMode):
         channels = x.shape[1]
         layers = self.labels_of(x)
         ours = next((v for v in layers if varying(v) == (1,)), None)
-        for tensor in (*module.parameters(), *module.buffers()):
+        owned = self._channelwise[type(module)]
+        for tensor in (*module.parameters(), *module.buffers()) if owned else ():
             for layer in self.labels_of(tensor):
                 size = layer.numel()
                 mine = torch.zeros(size, dtype=torch.int64) if ours is None else ours.reshape(-1)
