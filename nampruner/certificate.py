@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from nampruner.errors import CertificateError
+from nampruner.errors import CertificateError, GraphError
 from nampruner.graph import call_model
 from nampruner.plan import Certificate, PruningPlan
 from nampruner.surgery import cut
@@ -31,24 +31,26 @@ def certify(
 ) -> Certificate:
     """Compare the masked original with `slim`, straight after the cut, in float64.
 
-    A scale factor of exactly 0 would hide a wrong cut behind it, so where there are any the same
-    plan is tried once more on a copy whose zeros are stirred.
+    Zeros hide a wrong cut behind them (a scale factor, a fresh residual gate, a blank image), so
+    where there are any the same plan is tried once more on a copy, and inputs, without them.
 
     Raises:
         CertificateError: the pruned network does not run, or computes something else.
+        GraphError: the original does not run in float64.
     """
     run = forward or call_model
     inputs = tree_map(_double, example_inputs)
     dense = _exact(model)
     error = _difference(_masked(dense, plan), _exact(slim), inputs, run)
-    if _stir(dense):
-        error = max(error, _difference(_masked(dense, plan), cut(dense, plan), inputs, run))
+    stirred = tree_map(_lively, inputs)
+    if _stir(dense) or any(a is not b for a, b in zip(_flat(inputs), _flat(stirred), strict=True)):
+        error = max(error, _difference(_masked(dense, plan), cut(dense, plan), stirred, run))
     if not error <= TOLERANCE:
         raise CertificateError(
             f"the cut is not exact: pruned and masked differ by {error:.1e} (relative), "
             f"allowed is {TOLERANCE:.0e}"
         )
-    first = next(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
+    first = next(t for t in _flat(inputs) if isinstance(t, Tensor))
     return Certificate(max_relative_error=error, inputs=first.shape[0] if first.dim() else 1)
 
 
@@ -72,24 +74,44 @@ def _masked(dense: nn.Module, plan: PruningPlan) -> nn.Module:
     return masked
 
 
+def _flat(values: Any) -> list[Any]:
+    return list(tree_flatten(values)[0])
+
+
 def _stir(model: nn.Module) -> bool:
-    """Replace exact zeros among the scale factors; tell whether there were any."""
+    """Replace exact zeros among the parameters by noise; tell whether there were any."""
     generator = torch.Generator().manual_seed(0)
     found = False
     with torch.no_grad():
-        for module in model.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and weight is not None:
-                noise = (torch.rand(weight.shape, generator=generator) + 0.5).to(weight)
-                found |= bool((weight == 0).any())
-                weight.copy_(torch.where(weight == 0, noise, weight))
+        for parameter in model.parameters():
+            zero = parameter == 0
+            if bool(zero.any()):
+                noise = torch.rand(parameter.shape, generator=generator).to(parameter)
+                fan = max(1, parameter[0].numel() if parameter.dim() > 1 else 1)
+                parameter.copy_(torch.where(zero, (noise + 0.5) / fan**0.5, parameter))
+                found = True
     return found
+
+
+def _lively(value: Any) -> Any:
+    """A constant input tells nothing: noise of the same shape instead."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < 2:
+        return value
+    if bool((value != value.flatten()[0]).any()):
+        return value
+    return torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
 
 
 def _difference(masked: nn.Module, slim: nn.Module, inputs: Any, run: Forward) -> float:
     """Largest |masked - pruned| over the largest |masked|, worst output; NaN counts as infinite."""
     with torch.no_grad():
-        wanted = _tensors(run(masked, copy.deepcopy(inputs)))
+        try:
+            wanted = _tensors(run(masked, copy.deepcopy(inputs)))
+        except Exception as error:
+            raise GraphError(
+                f"the network does not run in float64, in which a cut is certified: {error}; "
+                "let tensors made in its forward take the dtype of the input"
+            ) from error
         try:
             got = _tensors(run(slim, copy.deepcopy(inputs)))
         except Exception as error:  # any failure of the slim network is the cut's fault

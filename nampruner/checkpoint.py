@@ -23,12 +23,18 @@ from nampruner import models
 from nampruner.errors import CheckpointError
 from nampruner.lineage import Lineage, lineage, remember
 from nampruner.nam import attach_sites
-from nampruner.plan import Record
-from nampruner.surgery import owners_of, replace_tensor, set_literal
+from nampruner.plan import Certificate, Record
+from nampruner.surgery import apply_cuts, literal, set_literal
 
 WEIGHTS = "model.safetensors"
 RECORD = "nampruner.json"
 _LARGEST_RECORD_BYTES = 256 * 2**20
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 _PACKAGES = ("nampruner", "torch", "torchvision", "timm", "torch-pruning", "safetensors")
 
 
@@ -53,6 +59,10 @@ class CheckpointRecord(Record):
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Options of the command that wrote it."""
     metrics: dict[str, float] = Field(default_factory=dict)
+    certificate: Certificate | None = None
+    """Of the last cut."""
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
+    """Of the parameters."""
     versions: dict[str, str] = Field(default_factory=dict)
     parent: str | None = None
     """Checkpoint this one was made from."""
@@ -67,9 +77,12 @@ def save(model: nn.Module, folder: str | Path, **record: Any) -> Path:
         CheckpointError: `folder` exists and is not a checkpoint.
     """
     target = Path(folder)
-    if target.exists() and not (target / RECORD).is_file():
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not (target / RECORD).is_file():
         raise CheckpointError(f"{target} exists and is no checkpoint; give another folder")
-    entry = CheckpointRecord(lineage=lineage(model), versions=_versions(), **record)
+    entry = CheckpointRecord(
+        lineage=lineage(model), dtype=_dtype(model), versions=_versions(), **record
+    )
     with appearing(target) as draft:
         save_model(model, str(draft / WEIGHTS))
         (draft / RECORD).write_text(entry.model_dump_json(indent=1), encoding="utf-8")
@@ -131,9 +144,10 @@ def load(
     fresh = {site.module for site in lineage(built).nam}
     attach_sites(built, [s for s in record.lineage.nam if s.module not in fresh])
     try:
-        _reshape(built, record.lineage, weights)
+        built.to(_DTYPES[record.dtype])
+        _cut_again(built, record.lineage)
         _fill(built, weights)
-    except (RuntimeError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: {RECORD} and {WEIGHTS} do not fit each other or the model ({error})"
         ) from None
@@ -147,7 +161,12 @@ def _build(origin: Lineage, folder: str | Path, trust_source: bool) -> nn.Module
             f"{folder} holds a model that its own program built; pass load(…, model=) a fresh one"
         )
     arguments: dict[str, Any] = dict(origin.arguments)
-    return models.build(origin.source, **arguments, trust_source=trust_source)
+    try:
+        return models.build(origin.source, **arguments, trust_source=trust_source)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{folder}: {origin.source} cannot be built again ({error})"
+        ) from None
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -161,17 +180,16 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged ({error}); write the checkpoint again") from None
 
 
-def _reshape(model: nn.Module, origin: Lineage, weights: dict[str, Tensor]) -> None:
-    """Give tensors their recorded shapes and attributes their recorded values."""
+def _cut_again(model: nn.Module, origin: Lineage) -> None:
+    """Apply every recorded plan, and give attributes their recorded values."""
+    for plan in origin.plans:
+        apply_cuts(model, plan.removed)
     modules = dict(model.named_modules())
     for path, values in origin.attributes.items():
         for name, value in values.items():
+            if literal(vars(modules[path]).get(name)) is None:
+                raise ValueError(f"{path}.{name} is no width")
             set_literal(modules[path], name, value)
-    state = model.state_dict()
-    for name, holders in owners_of(model).items():
-        new = weights.get(name)
-        if new is not None and name in state and new.shape != state[name].shape:
-            replace_tensor(holders, torch.empty_like(new, dtype=state[name].dtype))
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -181,10 +199,22 @@ def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
     absent = [n for n, t in state.items() if n not in weights and t.data_ptr() not in stored]
     extra = [name for name in weights if name not in state]
     other = [n for n, t in weights.items() if n in state and t.dtype != state[n].dtype]
-    for what, names in (("missing", absent), ("unknown", extra), ("of another dtype", other)):
+    shape = [n for n, t in weights.items() if n in state and t.shape != state[n].shape]
+    wrong = {
+        "missing": absent,
+        "unknown": extra,
+        "of another dtype": other,
+        "of another shape": shape,
+    }
+    for what, names in wrong.items():
         if names:
             raise ValueError(f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
     model.load_state_dict(weights, strict=False)
+
+
+def _dtype(model: nn.Module) -> str:
+    first = next(model.parameters(), None)
+    return "float32" if first is None else str(first.dtype).removeprefix("torch.")
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ error message. A command takes one class; a class is put together from the group
 option has one name, one default, one range and one help text wherever it appears.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -14,12 +15,13 @@ from nampruner.errors import NamPrunerError, did_you_mean
 
 Attention = Literal["both", "channel", "spatial", "none"]
 PenaltyMethod = Literal["proximal", "subgradient"]
-Importance = Literal["auto", "nam", "bn", "magnitude", "taylor", "random"]
-Scope = Literal["global", "layer"]
+Importance = Literal["auto", "nam", "bn", "magnitude", "reconstruction", "taylor", "random"]
+Allocation = Literal["global", "uniform", "error"]
 Precision = Literal["no", "fp16", "bf16"]
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Amount = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 class Options(BaseModel):
@@ -64,13 +66,9 @@ class RuntimeOptions(Options):
     """auto, cpu, cuda or cuda:N."""
 
 
-class TrainOptions(Options):
-    """The sparse training."""
+class OptimizerOptions(Options):
+    """What sparse training and fine-tuning share."""
 
-    epochs: Positive = 12
-    """Passes over the training images."""
-    lr: Annotated[float, Field(gt=0)] = 0.2
-    """Peak learning rate of the one-cycle schedule."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD (Nesterov)."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -79,6 +77,15 @@ class TrainOptions(Options):
     """Share of the label spread over all classes."""
     precision: Precision = "no"
     """Mixed precision: no, fp16 or bf16."""
+
+
+class TrainOptions(OptimizerOptions):
+    """The sparse training."""
+
+    epochs: Positive = 12
+    """Passes over the training images."""
+    lr: Annotated[float, Field(gt=0)] = 0.2
+    """Peak learning rate of the one-cycle schedule."""
 
 
 class PenaltyOptions(Options):
@@ -96,19 +103,13 @@ class PenaltyOptions(Options):
     """Share of the steps over which the strength rises linearly from 0."""
 
 
-class PruneOptions(Options):
-    """How much to cut, and what."""
+class SelectionOptions(Options):
+    """Which channels go first, and which never."""
 
-    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Fraction of the prunable channels to remove, in [0, 1)."""
-    macs: str | None = None
-    """MACs that may remain: 50%, 0.5 or 2.1G."""
-    params: str | None = None
-    """Parameters that may remain: 50%, 0.5 or 1.2M."""
     importance: Importance = "auto"
     """Score that ranks the channels; auto is nam where NAM is attached, else bn."""
-    scope: Scope = "global"
-    """One ranking for the network, or the same fraction of every layer."""
+    allocation: Allocation = "global"
+    """One ranking (global), one fraction for all layers (uniform) or cheapest first (error)."""
     round_to: Positive = 8
     """Kept widths are multiples of this."""
     floor: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -116,9 +117,23 @@ class PruneOptions(Options):
     ignore: tuple[str, ...] = ()
     """Globs of layers to leave alone."""
 
+
+TARGETS = ("ratio", "macs", "params")
+
+
+class PruneOptions(SelectionOptions):
+    """How much to cut, and what."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Fraction of the prunable channels to remove, in [0, 1); `run` takes 0.3 without a target."""
+    macs: Amount | None = None
+    """MACs that may remain: 50%, 0.5 or 2.1G."""
+    params: Amount | None = None
+    """Parameters that may remain: 50%, 0.5 or 1.2M."""
+
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        given = [name for name in ("ratio", "macs", "params") if getattr(self, name) is not None]
+        given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} were given together; give one target")
         return self
@@ -142,41 +157,86 @@ class FinetuneOptions(Options):
     """Peak learning rate of fine-tuning."""
 
 
-class ExportOptions(Options):
-    """The ONNX file and its proof."""
+class LatencyOptions(Options):
+    """How time is measured."""
 
-    parity_inputs: Annotated[int, Field(ge=1)] = 64
-    """Real inputs on which ONNX Runtime is compared with PyTorch."""
-    tolerance: Annotated[float, Field(gt=0)] = 1e-4
-    """Largest difference allowed, relative to the largest output."""
     threads: Positive = 1
     """Threads of ONNX Runtime while latency is measured."""
 
 
-class TrainCommand(ModelOptions, DataOptions, RuntimeOptions, TrainOptions, PenaltyOptions):
+class ExportOptions(Options):
+    """The ONNX file and its proof."""
+
+    parity_inputs: Positive = 64
+    """Real inputs on which ONNX Runtime is compared with PyTorch."""
+    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest difference allowed, relative to the largest output."""
+
+
+# pydantic lists the fields of the last base first: read these from right to left
+
+
+class TrainCommand(RuntimeOptions, PenaltyOptions, TrainOptions, DataOptions, ModelOptions):
     """Everything `nampruner train` needs."""
 
 
-class FinetuneCommand(RuntimeOptions, TrainOptions, FinetuneOptions):
-    """Everything `nampruner finetune` needs beside the checkpoint."""
+class RankCommand(RuntimeOptions, DataOptions, SelectionOptions):
+    """Everything `nampruner rank` needs beside the checkpoint."""
 
 
-class PruneCommand(RuntimeOptions, PruneOptions, RecoveryOptions):
+class PruneCommand(RuntimeOptions, DataOptions, RecoveryOptions, PruneOptions):
     """Everything `nampruner prune` needs beside the checkpoint."""
 
 
-class Recipe(
-    ModelOptions,
-    DataOptions,
+class FinetuneCommand(RuntimeOptions, DataOptions, OptimizerOptions, FinetuneOptions):
+    """Everything `nampruner finetune` needs beside the checkpoint."""
+
+
+class EvaluateCommand(RuntimeOptions, DataOptions):
+    """Everything `nampruner evaluate` needs beside the checkpoint or ONNX file."""
+
+
+class ExportCommand(RuntimeOptions, DataOptions, ExportOptions):
+    """Everything `nampruner export` needs beside the checkpoint."""
+
+
+class BenchCommand(LatencyOptions):
+    """Everything `nampruner bench` needs beside the candidates."""
+
+    batch: Positive = 1
+    """Images per forward pass."""
+    rounds: Positive = 20
+    """Turns that every candidate gets."""
+
+
+class ReportCommand(RuntimeOptions, DataOptions, LatencyOptions, ExportOptions):
+    """Everything `nampruner report` needs beside the checkpoint or run."""
+
+
+class RunCommand(
     RuntimeOptions,
-    TrainOptions,
-    PenaltyOptions,
-    PruneOptions,
-    RecoveryOptions,
-    FinetuneOptions,
+    LatencyOptions,
     ExportOptions,
+    FinetuneOptions,
+    RecoveryOptions,
+    PruneOptions,
+    PenaltyOptions,
+    TrainOptions,
+    DataOptions,
+    ModelOptions,
 ):
-    """The whole way; `recipe.yaml` is this class written down."""
+    """Everything `nampruner run` needs."""
+
+
+class Recipe(RunCommand):
+    """The whole way; `recipe.yaml` is this class written down. It always has a target."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_target(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or any(values.get(name) is not None for name in TARGETS):
+            return values
+        return {**values, "ratio": 0.3}
 
 
 def parse(cls: type[T], values: dict[str, Any], source: str) -> T:
@@ -188,16 +248,43 @@ def parse(cls: type[T], values: dict[str, Any], source: str) -> T:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(cls, item) for item in error.errors()]
-        raise NamPrunerError(f"{source}: " + "; ".join(lines)) from None
+        raise NamPrunerError(f"{source}: {explain(error, cls.model_fields)}") from None
 
 
-def _explain(cls: type[Options], item: Any) -> str:
+def explain(error: ValidationError, known: Iterable[str], *, flags: bool = False) -> str:
+    """Say everything that is wrong in one line, by flag (`--round-to`) or by key (`round_to`)."""
+    known = list(known)
+    return "; ".join(_explain(item, known, flags) for item in error.errors())
+
+
+def _explain(item: Any, known: list[str], flags: bool) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown option {key!r}.{did_you_mean(key, cls.model_fields)}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{key} = {item['input']!r}: {message}" if key else message
+        return f"unknown option {key!r}.{did_you_mean(key, known)}"
+    message: str = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if not key:
+        return message
+    name = flag(key) if flags else key
+    return f"{name} = {item['input']!r}: {message}"
+
+
+def flag(key: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + key.replace("_", "-")
+
+
+def merged(base: dict[str, Any], given: Options, source: str) -> Recipe:
+    """Return the recipe `base` with what was `given` explicitly, which goes first.
+
+    A target that is given replaces the one in `base`, of whatever kind.
+
+    Raises:
+        NamPrunerError: see `parse`.
+    """
+    changes = given.model_dump(exclude_unset=True)
+    if any(changes.get(name) is not None for name in TARGETS):
+        base = {key: value for key, value in base.items() if key not in TARGETS}
+    return parse(Recipe, {**base, **changes}, source)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from nampruner.errors import NamPrunerError
 from nampruner.graph import DependencyGraph
 from nampruner.nam import ChannelNAM
+from nampruner.reconstruction import reconstruction
 
 Scores = NDArray[np.float64]
-Labelled = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]]
+"""Inputs, or inputs with their labels."""
 Custom = Callable[[nn.Module, DependencyGraph], Scores]
 
 
@@ -26,30 +28,47 @@ def score(
     graph: DependencyGraph,
     method: str | Custom = "auto",
     *,
-    batches: Labelled | None = None,
+    batches: Batches | None = None,
     seed: int = 0,
 ) -> Scores:
     """Score every unit of `graph`.
 
-    `auto` is `nam` where NAM is attached, else `bn`. `taylor` needs `batches` of (inputs, targets).
-    A callable gets the model and the graph and returns an array [graph.count].
+    `auto` is `nam` where NAM is attached, else `bn`. `taylor` needs `batches` of (inputs, targets),
+    `reconstruction` of inputs. A callable gets the model and the graph and returns an array
+    [graph.count].
 
     Raises:
         NamPrunerError: the method is unknown or lacks what it needs.
     """
     if callable(method):
-        return np.asarray(method(model, graph), dtype=np.float64)
+        return _checked(np.asarray(method(model, graph), dtype=np.float64), graph)
     if method == "auto":
         method = "nam" if _nam_places(model) else "bn"
     if method == "taylor":
         return taylor(model, graph, batches)
+    if method == "reconstruction":
+        return reconstruction(model, graph, None if batches is None else map(_inputs, batches))
     if method == "random":
         return np.random.default_rng(seed).random(graph.count)
     named: dict[str, Custom] = {"nam": nam, "bn": bn, "magnitude": magnitude}
     if method not in named:
-        known = ", ".join(["auto", *named, "taylor", "random"])
+        known = ", ".join(["auto", *named, "reconstruction", "taylor", "random"])
         raise NamPrunerError(f"importance {method!r} is unknown; use one of {known}")
     return named[method](model, graph)
+
+
+def _checked(scores: Scores, graph: DependencyGraph) -> Scores:
+    if scores.shape != (graph.count,) or not np.isfinite(scores).all():
+        raise NamPrunerError(
+            f"the importance function returned an array {scores.shape} with "
+            f"{int((~np.isfinite(scores)).sum())} values that are not finite; it must return "
+            f"finite scores [{graph.count}], one per unit"
+        )
+    return scores
+
+
+def _inputs(batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def bn(model: nn.Module, graph: DependencyGraph) -> Scores:
@@ -83,22 +102,23 @@ def magnitude(model: nn.Module, graph: DependencyGraph) -> Scores:
     return _relative(graph, np.sqrt(total))
 
 
-def taylor(model: nn.Module, graph: DependencyGraph, batches: Labelled | None) -> Scores:
+def taylor(model: nn.Module, graph: DependencyGraph, batches: Batches | None) -> Scores:
     """|Σ gradient × weight| of the unit's producers (Molchanov et al. 2019, eq. 8), relative."""
     if batches is None:
         raise NamPrunerError("importance taylor needs labelled batches; pass `batches`")
     gradients = _gradients(model, batches)
     total = np.zeros(graph.count)
-    for dim, units, values in _weights(model, graph, lambda p: p.detach() * gradients[p]):
-        if dim == 0:
+    for slot, units, values in _weights(model, graph, lambda p: p.detach() * gradients[p]):
+        if slot not in graph.consumers:
             np.add.at(total, units, values)
     return _relative(graph, np.abs(total))
 
 
-def _gradients(model: nn.Module, batches: Labelled) -> dict[Tensor, Tensor]:
+def _gradients(model: nn.Module, batches: Batches) -> dict[Tensor, Tensor]:
     parameters: list[Tensor] = [p for p in model.parameters() if p.dim() > 1]
     total = {p: torch.zeros_like(p) for p in parameters}
-    training, flags = model.training, [p.requires_grad for p in parameters]
+    modes = {module: module.training for module in model.modules()}
+    flags = [p.requires_grad for p in parameters]
     model.eval()
     for p in parameters:
         p.requires_grad_(True)
@@ -109,7 +129,8 @@ def _gradients(model: nn.Module, batches: Labelled) -> dict[Tensor, Tensor]:
             for p, grad in zip(parameters, grads, strict=True):
                 total[p] += 0 if grad is None else grad
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
         for p, flag in zip(parameters, flags, strict=True):
             p.requires_grad_(flag)
     return total
@@ -118,14 +139,14 @@ def _gradients(model: nn.Module, batches: Labelled) -> dict[Tensor, Tensor]:
 def _weights(
     model: nn.Module, graph: DependencyGraph, value: Callable[[Tensor], Tensor]
 ) -> list[tuple[int, NDArray[np.int64], Scores]]:
-    """Of every weight matrix or kernel: dimension, units along it, and `value` summed per index."""
+    """Of every weight's slots: number, units along it, and `value` summed per index."""
     parameters = dict(model.named_parameters())
     rows = []
-    for slot in graph.slots:
+    for number, slot in enumerate(graph.slots):
         p = parameters.get(slot.name)
         if p is not None and p.dim() > 1 and slot.dim < 2:
             others = [d for d in range(p.dim()) if d != slot.dim]
-            rows.append((slot.dim, graph.units(slot), value(p).sum(others).double().cpu().numpy()))
+            rows.append((number, graph.units(slot), value(p).sum(others).double().cpu().numpy()))
     return rows
 
 

@@ -127,7 +127,7 @@ class PruningPlan(Record):
 
     format: Literal[1] = 1
     importance: str
-    scope: str
+    allocation: str
     round_to: int
     requested: Request
     achieved: Achieved

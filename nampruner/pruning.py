@@ -4,18 +4,21 @@ A plan that comes out of here has been carried out on a copy and certified. A cu
 wrong costs its channels their freedom, and the plan is made again.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from nampruner.certificate import Forward, certify, culprits
-from nampruner.config import PruneOptions, parse
-from nampruner.errors import CertificateError
+from nampruner.certificate import Forward, certify, cost_of, culprits
+from nampruner.config import TARGETS, PruneOptions, parse
+from nampruner.errors import CertificateError, NamPrunerError
 from nampruner.graph import DependencyGraph, UnitGroup, trace
-from nampruner.importance import Custom, Labelled, Scores, score
-from nampruner.plan import Certificate, PruningPlan
+from nampruner.importance import Batches, Custom, Scores, score
+from nampruner.plan import Certificate, PruningPlan, Repair
+from nampruner.progress import Progress
+from nampruner.recovery import recover
 from nampruner.selection import select
 from nampruner.surgery import cut, find_repairs
 
@@ -38,14 +41,15 @@ def plan_pruning(
     example_inputs: Any,
     *,
     importance: str | Custom = "auto",
-    batches: Labelled | None = None,
+    batches: Batches | None = None,
     forward: Forward | None = None,
     **options: Any,
 ) -> PruningPlan:
     """Decide which channels go; `model` is not changed.
 
-    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`; and `scope`,
-    `round_to`, `floor`, `ignore`. `importance` may be a callable, see `nampruner.importance.score`.
+    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`; and
+    `allocation`, `round_to`, `floor`, `ignore`. `importance` may be a callable, see
+    `nampruner.importance.score`.
 
     Raises:
         NamPrunerError: an option is wrong.
@@ -59,9 +63,11 @@ def plan_pruning(
 
 
 def _options(importance: str | Custom, options: dict[str, Any]) -> PruneOptions:
-    if callable(importance):
-        return parse(PruneOptions, options, "prune")
-    return parse(PruneOptions, {**options, "importance": importance}, "prune")
+    named = {} if callable(importance) else {"importance": importance}
+    chosen = parse(PruneOptions, {**options, **named}, "prune")
+    if all(getattr(chosen, target) is None for target in TARGETS):
+        raise NamPrunerError(f"no target was given; give one of {', '.join(TARGETS)}: ratio=0.3")
+    return chosen
 
 
 def settle(
@@ -100,13 +106,42 @@ def _attempt(
         if repairs in tried:
             continue
         tried.add(repairs)
-        candidate = plan.model_copy(update={"repairs": repairs})
-        slim = cut(model, candidate)
-        try:
-            return Cut(slim, candidate, certify(model, slim, candidate, inputs, forward))
-        except CertificateError as error:
-            failure = error
+        attempt = _certified(model, plan, repairs, inputs, forward)
+        if isinstance(attempt, Cut):
+            return _without_coincidences(model, attempt, inputs, forward)
+        failure = attempt
     return failure
+
+
+def _certified(
+    model: nn.Module,
+    plan: PruningPlan,
+    repairs: tuple[Repair, ...],
+    inputs: Any,
+    forward: Forward | None,
+) -> Cut | CertificateError:
+    candidate = plan.model_copy(update={"repairs": repairs})
+    slim = cut(model, candidate)
+    try:
+        return Cut(slim, candidate, certify(model, slim, candidate, inputs, forward))
+    except CertificateError as error:
+        return error
+
+
+def _without_coincidences(
+    model: nn.Module, found: Cut, inputs: Any, forward: Forward | None
+) -> Cut:
+    """Where attributes of one module held the same number, undo the repairs that none needs."""
+    repairs = found.plan.repairs
+    alike = Counter((repair.module, repair.before) for repair in repairs)
+    for repair in repairs:
+        if alike[repair.module, repair.before] > 1:
+            fewer = tuple(r for r in found.plan.repairs if r != repair)
+            attempt = _certified(model, found.plan, fewer, inputs, forward)
+            if isinstance(attempt, Cut):
+                found = attempt
+                alike[repair.module, repair.before] -= 1
+    return found
 
 
 def _removed_units(graph: DependencyGraph, plan: PruningPlan) -> Any:
@@ -150,7 +185,7 @@ def prune(
     *,
     data: Iterable[Tensor] | None = None,
     importance: str | Custom = "auto",
-    batches: Labelled | None = None,
+    batches: Batches | None = None,
     forward: Forward | None = None,
     **options: Any,
 ) -> Cut:
@@ -163,5 +198,29 @@ def prune(
     """
     chosen = _options(importance, options)
     graph = trace(model, example_inputs, forward)
-    scores = score(model, graph, importance, batches=batches)
-    return settle(model, graph, scores, chosen, example_inputs, forward)
+    calibration = None if data is None else list(data)
+    scores = score(model, graph, importance, batches=batches or calibration)
+    result = settle(model, graph, scores, chosen, example_inputs, forward)
+    return result if calibration is None else restore(result, model, calibration)
+
+
+def restore(
+    result: Cut,
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    corrected: bool = True,
+    progress: Progress | None = None,
+) -> Cut:
+    """Recover the slim model in place, and let the certificate say what cut and recovery cost.
+
+    `batches` are inputs [N, C, H, W] without labels. With `corrected` off nothing is recovered,
+    only measured.
+    """
+    error, agreement = cost_of(model, result.model, batches)
+    facts: dict[str, Any] = {"output_error_cut": error, "top1_agreement_cut": agreement}
+    if corrected:
+        facts["layers"] = recover(result.model, model, result.plan, batches, progress=progress)
+        error, agreement = cost_of(model, result.model, batches)
+        facts |= {"output_error_recovered": error, "top1_agreement_recovered": agreement}
+    return replace(result, certificate=result.certificate.model_copy(update=facts))

@@ -33,9 +33,17 @@ class Step:
 
     group: int
     units: NDArray[np.int64]
-    channels: int
     cost: float
-    """Mean score of the units: global scores, or ranks within the layer."""
+    """Mean score of the units, their mean rank in the layer, or the sum of their scores."""
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """What is counted, and how little of it may remain."""
+
+    amount: Callable[[Kept], float]
+    """Channels, MACs or parameters, given the units [groups] that stay in each group."""
+    least: float
 
 
 def select(graph: DependencyGraph, scores: Scores, options: PruneOptions) -> PruningPlan:
@@ -49,23 +57,47 @@ def select(graph: DependencyGraph, scores: Scores, options: PruneOptions) -> Pru
     if not graph.groups:
         reasons = "; ".join(f"{row.layer}: {row.reason}" for row in graph.left_alone()[:5])
         raise GraphError(f"nothing in this network can be cut ({reasons})")
-    removed = graph.mask([])
-    fits = _budget(graph, options)
-    kept = np.array([len(group.units) for group in graph.groups], dtype=np.float64)
     queues = [_steps(n, g, scores, options) for n, g in enumerate(graph.groups)]
-    heap = [(step.cost, step.group, step) for q in queues if (step := next(q, None))]
-    heapq.heapify(heap)
+    full = np.array([len(group.units) for group in graph.groups], dtype=np.float64)
+    budget = _budget(graph, options, full)
+    removed = graph.mask([])
+    for step in _taken(queues, budget, full, by_price=options.allocation == "error"):
+        removed[step.units] = True
+    return describe(graph, scores, options, removed)
+
+
+def _taken(
+    queues: list[Iterator[Step]], budget: Budget, full: Kept, *, by_price: bool
+) -> Iterator[Step]:
+    """Steps in the order of their cost, or of their cost per amount saved, while they fit."""
+    kept, now = full.copy(), budget.amount(full)
+    heap: list[tuple[float, int, Step]] = []
+
+    def saving(step: Step) -> float:
+        kept[step.group] -= len(step.units)
+        rest = budget.amount(kept)
+        kept[step.group] += len(step.units)
+        return now - rest
+
+    def push(number: int) -> None:
+        step = next(queues[number], None)
+        if step is not None:
+            price = step.cost / max(saving(step), 1e-12) if by_price else step.cost
+            heapq.heappush(heap, (price, number, step))
+
+    for number in range(len(queues)):
+        push(number)
     while heap:
         _, number, step = heapq.heappop(heap)
-        kept[number] -= len(step.units)
-        if not fits(kept):
-            kept[number] += len(step.units)
-            continue
-        removed[step.units] = True
-        following = next(queues[number], None)
-        if following is not None:
-            heapq.heappush(heap, (following.cost, number, following))
-    return describe(graph, scores, options, removed)
+        saved = saving(step)
+        if by_price and heap and step.cost / max(saved, 1e-12) > heap[0][0] * (1 + 1e-9):
+            # its neighbours have shrunk since, so it saves less than when it was priced
+            heapq.heappush(heap, (step.cost / max(saved, 1e-12), number, step))
+        elif now - saved >= budget.least:
+            kept[number] -= len(step.units)
+            now -= saved
+            yield step
+            push(number)
 
 
 def ignore(graph: DependencyGraph, globs: tuple[str, ...]) -> DependencyGraph:
@@ -91,33 +123,28 @@ def _layers(graph: DependencyGraph, group: UnitGroup) -> set[str]:
 
 def _steps(number: int, group: UnitGroup, scores: Scores, options: PruneOptions) -> Iterator[Step]:
     """Steps of one group, least important units first, down to its floor."""
-    quantum = options.round_to // math.gcd(options.round_to, group.multiplicity)
+    quantum = math.lcm(*(options.round_to // math.gcd(options.round_to, m) for m in group.produced))
     size = len(group.units)
     order = group.units[np.argsort(scores[group.units], kind="stable")]
     least = max(1, math.ceil(math.ceil(options.floor * size) / quantum)) * quantum
-    cost = scores[order] if options.scope == "global" else (np.arange(size) + 0.5) / size
     kept = size
     while (after := (kept - 1) // quantum * quantum) >= least:
         chosen = slice(size - kept, size - after)
-        channels = (kept - after) * group.multiplicity
-        yield Step(number, order[chosen], channels, float(cost[chosen].mean()))
+        own = scores[order[chosen]]
+        middle = size - (kept + after) / 2
+        costs = {"global": own.mean(), "uniform": middle / size, "error": own.sum()}
+        yield Step(number, order[chosen], float(costs[options.allocation]))
         kept = after
 
 
-def _budget(graph: DependencyGraph, options: PruneOptions) -> Callable[[Kept], bool]:
-    """Whether so many kept units per group still remove no more than was asked."""
-    full = np.array([len(group.units) for group in graph.groups], dtype=np.float64)
-    if options.macs is not None:
-        whole = graph.cost.macs(full)
-        limit = remaining("macs", options.macs, whole)
-        return lambda kept: graph.cost.macs(kept) >= limit
-    if options.params is not None:
-        whole = graph.cost.params(full)
-        limit = remaining("params", options.params, whole)
-        return lambda kept: graph.cost.params(kept) >= limit
+def _budget(graph: DependencyGraph, options: PruneOptions, full: Kept) -> Budget:
+    for name, amount in (("macs", graph.cost.macs), ("params", graph.cost.params)):
+        given = getattr(options, name)
+        if given is not None:
+            return Budget(amount, remaining(name, given, amount(full)))
     wide = np.array([group.multiplicity for group in graph.groups], dtype=np.float64)
-    most = (options.ratio or 0.0) * float(wide @ full) + 1e-9
-    return lambda kept: float(wide @ (full - kept)) <= most
+    total = float(wide @ full)
+    return Budget(lambda kept: float(wide @ kept), (1 - (options.ratio or 0.0)) * total - 1e-9)
 
 
 def remaining(name: str, given: str, whole: float) -> float:
@@ -172,7 +199,7 @@ def describe(
     gone = total - sum(row.width_after for row in rows)
     return PruningPlan(
         importance=options.importance,
-        scope=options.scope,
+        allocation=options.allocation,
         round_to=options.round_to,
         requested=Request(ratio=options.ratio, macs=options.macs, params=options.params),
         achieved=Achieved(

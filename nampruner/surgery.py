@@ -26,8 +26,9 @@ Owners = dict[str, list[tuple[nn.Module, str]]]
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BN = nn.modules.batchnorm._BatchNorm
+_SYNCED = (*_CONV, *_TRANSPOSED, nn.Linear, _BN)
 _SHAPES = ("in_channels", "out_channels", "in_features", "out_features", "num_features")
-"""Attributes that follow from tensor shapes; all other integers are repaired as facts of a plan."""
+"""Attributes of these layers that follow from tensor shapes; others are repaired as facts."""
 
 
 def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -55,7 +56,7 @@ def apply_cuts(model: nn.Module, removed: Cuts) -> None:
         if hasattr(module, "keep_channels"):
             _tell(path, module, left)
     owners = owners_of(model)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {name: (p.requires_grad, _format(p)) for name, p in model.named_parameters()}
     by_module: dict[str, dict[str, dict[int, list[int]]]] = defaultdict(dict)
     for name, dims in left.items():
         path, _, key = name.rpartition(".")
@@ -68,9 +69,20 @@ def apply_cuts(model: nn.Module, removed: Cuts) -> None:
         for key, dims in cuts.items():
             _slice(owners[prefix + key], dims)
     for name, p in model.named_parameters():
-        p.requires_grad_(flags[name])
+        flag, layout = before[name]
+        p.requires_grad_(flag)
+        if _format(p) != layout:
+            p.data = p.data.contiguous(memory_format=layout)
     for module in modules.values():
         sync_shape(module)
+
+
+def _format(tensor: Tensor) -> torch.memory_format:
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        last = tensor.dim() == rank and tensor.is_contiguous(memory_format=layout)
+        if last and not tensor.is_contiguous():
+            return layout
+    return torch.contiguous_format
 
 
 def _tell(path: str, module: nn.Module, left: dict[str, dict[int, list[int]]]) -> None:
@@ -108,7 +120,7 @@ def _known_layer(
             knife.prune_linear_out_channels(module, out)
         if into:
             knife.prune_linear_in_channels(module, into)
-    elif isinstance(module, _BN) and module.affine:
+    elif isinstance(module, _BN) and module.affine and module.bias is not None:
         knife.prune_batchnorm_out_channels(module, weight.pop(0))
         return {}
     rest = {key: dims for key, dims in cuts.items() if key not in ("weight", "bias")}
@@ -183,8 +195,10 @@ def find_repairs(
         after = width.after(removed)
         if width.op not in wanted or after == width.before:
             continue
-        for name, value in vars(modules[width.module]).items():
-            if name not in _SHAPES and literal(value) == width.before:
+        module = modules[width.module]
+        for name, value in vars(module).items():
+            follows = name in _SHAPES and isinstance(module, _SYNCED)
+            if not follows and literal(value) == width.before:
                 key = (width.module, name)
                 repair = Repair(module=key[0], attribute=name, before=width.before, after=after)
                 found[key] = repair if found.get(key, repair) == repair else None
@@ -193,7 +207,7 @@ def find_repairs(
 
 def literal(value: object) -> int | tuple[int, ...] | None:
     """The integer or the integers an attribute holds; None for everything else."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         return value
     if isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
         return tuple(value)

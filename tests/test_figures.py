@@ -32,7 +32,7 @@ SLIM = {"layer1.bn": np.array([0.5, -1.0]), "layer2.bn": np.array([2.0])}
 def plan(*rows: tuple[str, int, int]) -> PruningPlan:
     return PruningPlan(
         importance="nam",
-        scope="global",
+        allocation="global",
         round_to=8,
         requested=Request(ratio=0.3),
         achieved=Achieved(ratio=0.3, macs=0.5, params=0.6),

@@ -38,7 +38,7 @@ GOLDEN = Path(__file__).parent / "golden" / "before_after_rows.txt"
 
 PLAN = PruningPlan(
     importance="nam",
-    scope="global",
+    allocation="global",
     round_to=8,
     requested=Request(ratio=0.3),
     achieved=Achieved(ratio=0.2976, macs=0.4904, params=0.6279),

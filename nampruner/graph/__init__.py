@@ -6,11 +6,15 @@
 what each ATen op does to them, `graph` is the value that comes out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten
 
 from nampruner.errors import GraphError
@@ -53,31 +57,101 @@ def trace(
     `example_inputs` is a tensor [N, C, H, W], a tuple of arguments or a dict of keyword arguments;
     `forward(model, example_inputs)` replaces the plain call where a model needs another one.
 
+    What runs only in training (an auxiliary head) is followed in a second run in train mode, which
+    leaves the buffers as they were.
+
     Raises:
-        GraphError: the model does not run on these inputs.
+        GraphError: the model does not run on these inputs, or takes or returns no tensors.
     """
-    tensors = [t for t in tree_flatten(example_inputs)[0] if isinstance(t, Tensor)]
-    batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-    training = [module for module in model.modules() if module.training]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    tracer = Tracer(model, RULES, _CHANNELWISE, batch)
-    try:
-        for tensor in tensors:
-            tracer.activate(tensor)
-        with tracer.watching():
-            outputs = (forward or call_model)(model, example_inputs)
-    except Exception as error:
-        raise GraphError(
-            f"{type(model).__name__} does not run on the example inputs, in module "
-            f"{tracer.stack[-1] if tracer.stack else '(root)'!r}: {error}"
-        ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module in training:
-            module.training = True
-    for tensor in tree_flatten(outputs)[0]:
-        if isinstance(tensor, Tensor):
-            tracer.ledger.freeze(tracer.labels_of(tensor), "output of the network")
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise GraphError(f"{lazy[0]} has no shape yet; run the model once before it is traced")
+    tensors = _tensors(example_inputs, "takes")
+    tracer = Tracer(model, RULES, _CHANNELWISE, tensors[0].shape[0] if tensors[0].dim() else 1)
+    run = partial(_run, tracer, model, example_inputs, forward or call_model)
+    with _modes(model), _no_fast_path():
+        run(training=False)
+        unreached = _unreached(model, tracer)
+        if unreached:
+            _trace_training(model, tracer, run, unreached)
     return build(tracer.ledger, model)
+
+
+def _run(
+    tracer: Tracer, model: nn.Module, inputs: Inputs, forward: Forward, *, training: bool
+) -> None:
+    model.train(training)
+    for tensor in _tensors(inputs, "takes"):
+        tracer.activate(tensor)
+    try:
+        with tracer.watching():
+            outputs = forward(model, inputs)
+    except Exception as error:
+        where = tracer.stack[-1] if tracer.stack else "(root)"
+        raise GraphError(
+            f"{type(model).__name__} does not run on the example inputs, in module {where!r}: "
+            f"{error}"
+        ) from error
+    for tensor in _tensors(outputs, "returns"):
+        tracer.ledger.freeze(tracer.labels_of(tensor), "output of the network")
+
+
+def _tensors(values: Any, verb: str) -> list[Tensor]:
+    found = [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+    if not found:
+        raise GraphError(
+            f"the network {verb} a {type(values).__name__} in which no tensor was found; use "
+            "tensors, tuples, lists or dicts, or pass `forward` that does"
+        )
+    return found
+
+
+def _unreached(model: nn.Module, tracer: Tracer) -> list[str]:
+    """Modules with parameters of their own that did not run."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name not in tracer.visited and next(module.parameters(recurse=False), None) is not None
+    ]
+
+
+def _trace_training(
+    model: nn.Module, tracer: Tracer, run: Callable[..., None], unreached: list[str]
+) -> None:
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    tracer.ledger.counting = False
+    tracer.stack.clear()
+    try:
+        run(training=True)
+    except GraphError as error:
+        warnings.warn(
+            f"{', '.join(unreached[:3])} did not run in eval mode, and train mode could not be "
+            f"traced ({error}); the slim network may fail in train mode",
+            stacklevel=3,
+        )
+    finally:
+        with torch.no_grad():
+            for buffer, old in buffers:
+                buffer.copy_(old)
+
+
+@contextmanager
+def _modes(model: nn.Module) -> Iterator[None]:
+    """Leave every module in the mode in which it was."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Take attention apart instead of running it as one opaque op."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -56,6 +56,8 @@ class UnitGroup:
     units: Ints
     multiplicity: int
     """Channels of that layer per unit: 1, or more where channels are tied to one another."""
+    produced: tuple[int, ...]
+    """The same for every layer that produces them."""
     slots: Mapping[int, int]
     """Slot number → indices of that slot per unit."""
 
@@ -104,16 +106,16 @@ class DependencyGraph:
         for u, s, n in zip(unit.tolist(), slot.tolist(), times.tolist(), strict=True):
             if free[u]:
                 signature.setdefault(u, []).append((s, n))
-        members: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        named: dict[tuple[tuple[int, int], ...], tuple[str, int]] = {}
+        members: dict[tuple[tuple[int, int], ...], dict[int, None]] = {}
+        producers: dict[tuple[tuple[int, int], ...], dict[str, int]] = {}
         for product in self.products:
             for u, n in Counter(product.outputs.tolist()).items():
-                key = tuple(signature.pop(u, ()))
-                if key:
-                    members.setdefault(key, []).append(u)
-                    named.setdefault(key, (product.module, n))
+                if u in signature:
+                    key = tuple(signature[u])
+                    members.setdefault(key, {})[u] = None
+                    producers.setdefault(key, {}).setdefault(product.module, n)
         return tuple(
-            UnitGroup(named[key][0], np.array(units), named[key][1], dict(key))
+            _group(list(units), producers[key], dict(key))
             for key, units in members.items()
             if len(units) > 1
         )
@@ -136,14 +138,19 @@ class DependencyGraph:
         """Every layer none of whose outputs can go, with the reason."""
         free = {int(u) for group in self.groups for u in group.units}
         rows: dict[str, str] = {}
+        partly: set[str] = set()
         for product in self.products:
             units = product.outputs.tolist()
-            if product.module in rows or any(u in free for u in units):
+            if any(u in free for u in units):
+                partly.add(product.module)
+            if product.module in rows or product.module in partly:
                 continue
             reasons = Counter(self.frozen[u] for u in units if u in self.frozen)
             tied = "its channels are all tied together" if any(units) else "has a fixed width"
             rows[product.module] = reasons.most_common(1)[0][0] if reasons else tied
-        return tuple(LeftAlone(layer=name, reason=why) for name, why in rows.items())
+        return tuple(
+            LeftAlone(layer=name, reason=why) for name, why in rows.items() if name not in partly
+        )
 
     def mask(self, removed: Iterable[int]) -> Bools:
         """Units as a boolean array [count]."""
@@ -243,6 +250,11 @@ class Cost:
                 still *= float(counts @ kept + rest)
             total += still
         return total
+
+
+def _group(units: list[int], producers: dict[str, int], slots: dict[int, int]) -> UnitGroup:
+    name, multiplicity = next(iter(producers.items()))
+    return UnitGroup(name, np.array(units), multiplicity, tuple(producers.values()), slots)
 
 
 def build(ledger: Ledger, model: nn.Module) -> DependencyGraph:

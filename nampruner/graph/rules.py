@@ -223,6 +223,10 @@ def attention(call: Call) -> list[Layers]:
     meet(call, lq, lk, q, k)
     if call.kwargs.get("scale") is None:
         call.freeze(lq + lk, "the scale of attention follows the head's width")
+    pairs = q.numel() // q.shape[-1] * k.shape[-2]
+    one = torch.zeros(1, dtype=torch.int64)
+    call.contraction(pairs, one, vector(lq, last, q.shape[-1]))
+    call.contraction(pairs, vector(call.labels(v), last, v.shape[-1]), one)
     for tensor in (q, k, v):
         tokens = [x for x in call.labels(tensor) if last - 1 in varying(x)]
         call.freeze(tokens, "attention over labelled positions")

@@ -74,6 +74,8 @@ class Ledger:
     """Labels that meet in a product of two activations: their producers are zeroed instead."""
     contractions: list[Contraction] = field(default_factory=list)
     literals: list[Literal] = field(default_factory=list)
+    counting: bool = True
+    """Off in a second run, so that no product is counted twice."""
 
     def fresh(self, name: str, tensor: Tensor) -> Layers:
         """New labels along every dimension of a parameter or buffer."""
@@ -155,8 +157,9 @@ class Call:
         (ledger.consumed if self.is_weight(weight) else ledger.silenced).append(labels)
 
     def contraction(self, factor: float, outputs: Tensor, inputs: Tensor) -> None:
-        factor /= self.tracer.batch
-        self.tracer.ledger.contractions.append(Contraction(self.module, factor, outputs, inputs))
+        if self.tracer.ledger.counting:
+            each = factor / self.tracer.batch
+            self.tracer.ledger.contractions.append(Contraction(self.module, each, outputs, inputs))
 
     def literal(self, before: int | tuple[int, ...], *counted: Tensor) -> None:
         if any(bool((labels > 0).any()) for labels in counted):
@@ -186,6 +189,8 @@ class Tracer(TorchDispatchMode):
         self.ledger = Ledger()
         self.batch = batch
         self.stack: list[str] = []
+        self.visited: set[str] = set()
+        """Paths of the modules that ran."""
         self.active: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._rules = rules
         self._channelwise = channelwise
@@ -272,6 +277,7 @@ class Tracer(TorchDispatchMode):
     def _enter(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._paths:
             self.stack.append(self._paths[id(module)])
+            self.visited.add(self.stack[-1])
         if type(module) in self._channelwise:
             self._inside += 1
 

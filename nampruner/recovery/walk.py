@@ -1,9 +1,9 @@
 """Two passes that make a cut harmless.
 
 The original network runs once and leaves, for every consumer, its outputs at sampled positions.
-Then the slim network runs once on the same images, and each consumer is fitted to them just before it
-computes: it sees inputs that all consumers before it have already corrected, so errors do not pile
-up. Each BN gets the statistics of what reaches it. Labels are never needed.
+Then the slim network runs once on the same images, and each consumer is fitted to them just before
+it computes: it sees inputs that all consumers before it have already corrected, so errors do not
+pile up. Each BN gets the statistics of what reaches it. Labels are never needed.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,0 +1,13 @@
+"""The story: train → prune → recover → fine-tune → export → report.
+
+job.py      what every stage works with
+stages.py   what makes a checkpoint: train, prune, finetune
+publish.py  what comes after the last one: ONNX, times, figures, report
+look.py     what touches nothing: rank, evaluate, bench
+whole.py    all of it in one resumable walk
+folders.py  where things go, and whose they are
+"""
+
+from nampruner.pipeline.whole import run
+
+__all__ = ["run"]

@@ -1,0 +1,148 @@
+"""One function per command that writes: find what is acted on, run the stage, say what came out."""
+
+from pathlib import Path
+from typing import Any
+
+from nampruner import checkpoint
+from nampruner.config import (
+    TARGETS,
+    ExportCommand,
+    FinetuneCommand,
+    Options,
+    PruneCommand,
+    TrainCommand,
+    flag,
+    merged,
+)
+from nampruner.errors import NamPrunerError
+from nampruner.pipeline import publish, stages
+from nampruner.pipeline.folders import (
+    RUNS,
+    check_run_folder,
+    claim,
+    cut_name,
+    is_made,
+    newest,
+    run_folder,
+    workshop,
+)
+from nampruner.pipeline.job import Job, Loaded, prepare, resume, trusted
+from nampruner.pipeline.publish import Exported, check_onnx_path
+from nampruner.pipeline.stages import Made, check, made, make, planned, prune_result
+from nampruner.pipeline.whole import run, trained
+from nampruner.plan import PruneResult, PruningPlan, RunResult
+from nampruner.progress import Progress
+
+
+def run_command(
+    base: dict[str, Any], flags: Options, out: Path | None, *, trust: bool, progress: Progress
+) -> tuple[RunResult, Path]:
+    """Go the whole way with the recipe `base` and `flags`; return the result and its folder.
+
+    Raises:
+        NamPrunerError: see `run`.
+    """
+    recipe = merged(base, flags, "run")
+    folder = out or run_folder(recipe)
+    allowed = trust or trusted(recipe, flags)
+    return run(recipe, folder, trust=allowed, progress=progress), folder
+
+
+def train_command(
+    flags: TrainCommand | PruneCommand, out: Path | None, *, trust: bool, progress: Progress
+) -> Made:
+    """Train; without `out` into the folder in which `run` goes on with the same options.
+
+    Raises:
+        NamPrunerError: an option is wrong, or the folder is another's.
+    """
+    recipe = merged({}, flags, "train")
+    folder = run_folder(recipe)
+    if out is None:
+        check_run_folder(folder, recipe)
+    elif is_made(out, recipe, None):
+        return made(out)
+    job = prepare(recipe, trust=trust or trusted(recipe, flags), progress=progress)
+    check(job)
+    if out is None:
+        claim(folder, recipe)
+        return made(trained(job, folder))
+    with workshop(out) as work:
+        stages.train(job, out, work)
+    return made(out)
+
+
+def prune_command(
+    source: Path | None, flags: PruneCommand, out: Path | None, *, trust: bool, progress: Progress
+) -> PruneResult:
+    """Prune a checkpoint: the one given, the newest, or one of the embedded default.
+
+    Raises:
+        NamPrunerError: there is no target, or see the stage.
+    """
+    job, dense = _opened(source, flags, trust=trust, progress=progress)
+    target = out or cut_name(dense.folder, job.recipe)
+    make(job, target, dense.folder, lambda: stages.prune(job, dense, target))
+    return prune_result(checkpoint.read(target), target)
+
+
+def plan_command(
+    source: Path | None, flags: PruneCommand, *, trust: bool, progress: Progress
+) -> tuple[PruneResult, PruningPlan]:
+    """Decide what `prune` would cut; nothing is written.
+
+    Raises:
+        NamPrunerError: there is no target or no checkpoint, or see the stage.
+    """
+    if source is None and newest(RUNS) is None:
+        raise NamPrunerError(f"there is no checkpoint under {RUNS}/ to plan for; `nampruner train`")
+    job, dense = _opened(source, flags, trust=trust, progress=progress)
+    cut = stages.decide(job, dense)
+    return planned(cut.plan, cut.certificate), cut.plan
+
+
+def _opened(
+    source: Path | None, flags: PruneCommand, *, trust: bool, progress: Progress
+) -> tuple[Job, Loaded]:
+    if all(getattr(flags, target) is None for target in TARGETS):
+        known = ", ".join(f"{flag(name)}" for name in TARGETS)
+        raise NamPrunerError(f"no target was given; give one of {known}, such as --ratio 0.3")
+    folder = source or newest(RUNS)
+    if folder is None:
+        progress.note(f"There is no checkpoint under {RUNS}/: training one of the default first")
+        folder = Path(train_command(flags, None, trust=trust, progress=progress).checkpoint)
+    elif source is None:
+        progress.note(f"Pruning {folder}, the newest checkpoint that was never pruned")
+    return resume(folder, flags, trust=trust, progress=progress)
+
+
+def finetune_command(
+    source: Path, flags: FinetuneCommand, out: Path | None, *, trust: bool, progress: Progress
+) -> Made:
+    """Fine-tune a checkpoint; what was broken off goes on.
+
+    Raises:
+        NamPrunerError: see the stage.
+    """
+    job, found = resume(source, flags, trust=trust, progress=progress)
+    target = out or source.with_name(f"{source.name}-finetuned")
+
+    def stage() -> None:
+        with workshop(target) as work:
+            stages.finetune(job, found, target, work)
+
+    return made(make(job, target, source, stage))
+
+
+def export_command(
+    source: Path, flags: ExportCommand, out: Path | None, *, trust: bool, progress: Progress
+) -> Exported:
+    """Export a checkpoint.
+
+    Raises:
+        NamPrunerError: see the stage.
+    """
+    path = out or source.with_name(f"{source.name}.onnx")
+    check_onnx_path(path)
+    job, found = resume(source, flags, trust=trust, progress=progress)
+    return publish.export(job, found, path)

@@ -1,0 +1,257 @@
+"""The stages that look and touch nothing: rank, evaluate, bench."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nampruner import figures
+from nampruner.checkpoint import CheckpointRecord
+from nampruner.config import BenchCommand, Options, RankCommand, Recipe
+from nampruner.errors import NamPrunerError
+from nampruner.export import export_onnx, read_metadata
+from nampruner.graph import UnitGroup, trace
+from nampruner.importance import Scores
+from nampruner.latency import compare, feeds, measure, open_session
+from nampruner.lineage import Lineage
+from nampruner.pipeline.job import Job, Loaded, load, prepare, recipe_of, resume
+from nampruner.pipeline.publish import RECORD_KEY, scratch
+from nampruner.plan import Latency, Record
+from nampruner.progress import Progress
+from nampruner.selection import select
+from nampruner.training import Evaluation, check_match, evaluate
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+class LayerScores(Record):
+    """Importance of one group of channels, named after the first layer that produces it."""
+
+    layer: str
+    width: int
+    least: float
+    median: float
+    largest: float
+
+
+class WouldBe(Record):
+    """What a ratio would come to."""
+
+    ratio: float
+    achieved: float
+    macs: float
+    """Fraction of the MACs that would remain."""
+    params: float
+
+
+class Ranking(Record):
+    """What `nampruner rank` reports."""
+
+    importance: str
+    layers: tuple[LayerScores, ...]
+    scores: tuple[float, ...]
+    """Of every unit that can be cut, ascending."""
+    would_be: tuple[WouldBe, ...]
+
+
+def rank(job: Job, found: Loaded) -> Ranking:
+    """Score every channel and say what some ratios would do; the model is not changed.
+
+    Raises:
+        NamPrunerError: nothing can be cut, or a glob matches nothing.
+    """
+    recipe, examples = job.recipe, job.examples()
+    graph = trace(found.model, examples)
+    scores = job.scores(found.model, graph)
+    plans = [select(graph, scores, _at(recipe, ratio)) for ratio in RATIOS]
+    units = [int(unit) for group in graph.groups for unit in group.units]
+    return Ranking(
+        importance=recipe.importance,
+        layers=tuple(_layer(group, scores) for group in graph.groups),
+        scores=tuple(sorted(scores[units].tolist())),
+        would_be=tuple(
+            WouldBe(
+                ratio=ratio,
+                achieved=plan.achieved.ratio,
+                macs=plan.achieved.macs,
+                params=plan.achieved.params,
+            )
+            for ratio, plan in zip(RATIOS, plans, strict=True)
+        ),
+    )
+
+
+def rank_path(
+    path: Path, flags: RankCommand, *, trust: bool = False, progress: Progress | None = None
+) -> Ranking:
+    """Open a checkpoint and rank its channels.
+
+    Raises:
+        NamPrunerError: see `resume` and `rank`.
+    """
+    return rank(*resume(path, flags, trust=trust, progress=progress))
+
+
+def draw_scores(ranking: Ranking, path: Path) -> None:
+    """Draw the histogram of the scores as PNG."""
+    figure = figures.scale_factor_histogram(
+        {"scores": np.array(ranking.scores)},
+        title=f"Importance ({ranking.importance})",
+        names=("channels", ""),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures.save(figure, path)
+
+
+def _at(recipe: Recipe, ratio: float) -> Recipe:
+    return recipe.model_copy(update={"ratio": ratio, "macs": None, "params": None})
+
+
+def _layer(group: UnitGroup, scores: Scores) -> LayerScores:
+    own = scores[group.units]
+    return LayerScores(
+        layer=group.name,
+        width=group.width,
+        least=float(own.min()),
+        median=float(np.median(own)),
+        largest=float(own.max()),
+    )
+
+
+class Evaluated(Evaluation):
+    """What `nampruner evaluate` reports."""
+
+    path: str
+    data: str
+
+
+def evaluate_path(
+    path: Path, flags: Options, *, trust: bool = False, progress: Progress | None = None
+) -> Evaluated:
+    """Classify the test images with a checkpoint or an ONNX file.
+
+    Raises:
+        NamPrunerError: it is neither, or does not fit the data.
+    """
+    if path.is_file():
+        job, model = _open_onnx(path, flags, trust=trust, progress=progress)
+    else:
+        job, found = resume(path, flags, trust=trust, progress=progress)
+        model = found.model
+    device = torch.device("cpu") if path.is_file() else job.device
+    result = evaluate(model, job.data.test, device=device, progress=progress)
+    return Evaluated(path=str(path), data=job.data.name, **result.model_dump())
+
+
+class _OnnxModel(nn.Module):
+    """An ONNX file as a module, so that the one evaluation loop takes it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._session = open_session(path)
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self._session.run(None, feeds(self._session, images.numpy()))
+        return torch.from_numpy(outputs[0])
+
+
+def _open_onnx(
+    path: Path, flags: Options, *, trust: bool, progress: Progress | None
+) -> tuple[Job, nn.Module]:
+    """Open an ONNX file; one of ours says which images it is for, else `--data` must."""
+    said = read_metadata(path).get(RECORD_KEY)
+    record = (
+        CheckpointRecord.model_validate_json(said) if said else CheckpointRecord(lineage=Lineage())
+    )
+    job = prepare(recipe_of(record, flags, str(path)), trust=trust, progress=progress)
+    model = _OnnxModel(path)
+    check_match(model, job.data)
+    return job, model
+
+
+class Timed(Record):
+    """One candidate of `nampruner bench`."""
+
+    path: str
+    size_bytes: int
+    """Size of the ONNX file."""
+    latency: Latency
+    times: float
+    """Median over that of the first candidate."""
+    verdict: str
+    """Against the first candidate."""
+
+
+class Benchmark(Record):
+    """What `nampruner bench` reports."""
+
+    candidates: tuple[Timed, ...]
+
+
+def bench(
+    paths: Sequence[Path],
+    options: BenchCommand,
+    *,
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Time checkpoints and ONNX files in turns, all as ONNX in ONNX Runtime.
+
+    Raises:
+        NamPrunerError: there is nothing to compare, or one cannot be run.
+    """
+    if len(paths) < 2 or len(set(paths)) < len(paths):
+        raise NamPrunerError(
+            "bench compares; give at least two checkpoints or ONNX files, each once"
+        )
+    with scratch() as folder:
+        files = {
+            str(path): _as_onnx(path, Path(folder) / f"{n}.onnx", trust=trust, progress=progress)
+            for n, path in enumerate(paths)
+        }
+        times = measure(
+            files,
+            _noise(files.values(), options.batch),
+            threads=options.threads,
+            rounds=options.rounds,
+            progress=progress,
+        )
+        first = times[str(paths[0])]
+        return Benchmark(
+            candidates=tuple(
+                Timed(
+                    path=name,
+                    size_bytes=file.stat().st_size,
+                    latency=times[name],
+                    times=times[name].median_ms / first.median_ms,
+                    verdict="" if times[name] is first else str(compare(first, times[name])),
+                )
+                for name, file in files.items()
+            )
+        )
+
+
+def _as_onnx(path: Path, draft: Path, *, trust: bool, progress: Progress | None) -> Path:
+    if path.is_file():
+        return path
+    found = load(path, trust=trust)
+    spec = found.record.input
+    if spec is None:
+        raise NamPrunerError(f"{path} does not say what images it takes; give it as an ONNX file")
+    export_onnx(
+        found.model,
+        draft,
+        torch.zeros(2, spec.channels, spec.height, spec.width),
+        progress=progress,
+    )
+    return draft
+
+
+def _noise(files: Iterable[Path], batch: int) -> Tensor:
+    """Return inputs [batch, …] for the first file; their values do not matter for the time."""
+    shape = open_session(next(iter(files))).get_inputs()[0].shape
+    if not all(isinstance(size, int) for size in shape[1:]):
+        raise NamPrunerError(f"an ONNX file of input {shape} has no fixed image size")
+    return torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(0))

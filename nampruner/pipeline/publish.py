@@ -1,0 +1,208 @@
+"""The stages after the last checkpoint: ONNX files, their speed, figures, the report."""
+
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from json import loads
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nampruner import figures
+from nampruner.errors import NamPrunerError
+from nampruner.export import export_onnx, read_metadata
+from nampruner.latency import measure
+from nampruner.nam import SpatialNAM
+from nampruner.pipeline.folders import METRICS, write
+from nampruner.pipeline.job import Job, Loaded, build
+from nampruner.pipeline.stages import ACCURACY, CUT, DENSE, RECOVERED, last_plan, prune_result
+from nampruner.plan import Measured, OnnxResult, Parity, PruningPlan, Record, RunResult
+from nampruner.report import render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RECORD_KEY = "nampruner"
+"""Key in the metadata of an ONNX file that holds the checkpoint's record as JSON."""
+
+
+class Exported(Record):
+    """An ONNX file and its proof."""
+
+    path: str
+    size_bytes: int
+    parity: Parity
+
+
+def export(job: Job, found: Loaded, path: Path) -> Exported:
+    """Write a checkpoint as ONNX and prove it on test images; it carries the checkpoint's record.
+
+    Raises:
+        ParityError: the file computes something else; it is not left under its name.
+        NamPrunerError: `path` holds a file that is not ours, or the network cannot be exported.
+    """
+    check_onnx_path(path)
+    parity = export_onnx(
+        found.model,
+        path,
+        job.examples(),
+        inputs=job.data.test_inputs(job.recipe.parity_inputs),
+        tolerance=job.recipe.tolerance,
+        metadata={RECORD_KEY: found.record.model_dump_json()},
+        progress=job.progress,
+    )
+    return Exported(path=str(path), size_bytes=path.stat().st_size, parity=parity)
+
+
+def check_onnx_path(path: Path) -> None:
+    """See that writing `path` destroys nothing of anybody else's.
+
+    Raises:
+        NamPrunerError: a file is there that nampruner did not write.
+    """
+    if path.exists() and (path.is_dir() or RECORD_KEY not in read_metadata(path)):
+        raise NamPrunerError(f"{path} exists and is no ONNX file of nampruner; give another --out")
+
+
+def compare(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> RunResult:
+    """Export both networks into `folder`, time them side by side, put all numbers together.
+
+    Raises:
+        NamPrunerError: see `export`; or `slim` was never cut.
+    """
+    base = prune_result(slim.record, slim.folder)
+    files = {
+        "dense": export(job, dense, folder / "dense.onnx"),
+        "slim": export(job, slim, folder / "model.onnx"),
+    }
+    times = measure(
+        {name: file.path for name, file in files.items()},
+        job.data.test_inputs(1),
+        threads=job.recipe.threads,
+        progress=job.progress,
+    )
+    metrics = slim.record.metrics
+    measured = {
+        name: {"size_bytes": files[name].size_bytes, "latency": times[name]} for name in files
+    }
+    return RunResult(
+        **{name: getattr(base, name) for name in ("requested", "achieved", "left_alone")},
+        before=_column(base.before, metrics.get(DENSE), measured["dense"]),
+        after=_column(base.after, metrics.get(ACCURACY), measured["slim"]),
+        certificate=base.certificate,
+        checkpoint=str(slim.folder),
+        accuracy_cut=metrics.get(CUT),
+        accuracy_recovered=metrics.get(RECOVERED),
+        onnx=OnnxResult(
+            path=files["slim"].path,
+            parity=files["slim"].parity,
+            latency_ms={name: latency.median_ms for name, latency in times.items()},
+        ),
+    )
+
+
+def _column(base: Measured, accuracy: float | None, facts: Mapping[str, object]) -> Measured:
+    return base.model_copy(update={"accuracy": accuracy, **facts})
+
+
+def illustrate(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> "dict[str, Figure]":
+    """Draw what a cut did, save it as PNG in `folder`; return caption → figure."""
+    plan = last_plan(slim.record, slim.folder)
+    drawn = _figures(job, dense, slim, plan)
+    rows = _metrics(slim.folder)
+    if rows:
+        drawn["training"] = ("Training", figures.training_curves(rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (_, figure) in drawn.items():
+        figures.save(figure, folder / f"{name}.png")
+    return dict(drawn.values())
+
+
+def _figures(
+    job: Job, dense: Loaded, slim: Loaded, plan: PruningPlan
+) -> "dict[str, tuple[str, Figure]]":
+    before, after = factors(dense.model), factors(slim.model)
+    drawn = {
+        "factors": (
+            "Scale factors before and after the cut",
+            figures.scale_factor_histogram(before, after),
+        ),
+        "factors-by-layer": (
+            "Scale factors before and after the cut, layer by layer",
+            figures.layer_histograms(before, after),
+        ),
+        "widths": ("Widths before and after the cut", figures.widths(plan)),
+    }
+    if not dense.record.lineage.plans:
+        fresh = factors(build(job))
+        names = ("untrained", "trained")
+        drawn["factors-trained"] = (
+            "Scale factors before and after training under the penalty",
+            figures.scale_factor_histogram(fresh, before, names=names),
+        )
+    return drawn
+
+
+def factors(model: nn.Module) -> "dict[str, np.ndarray[tuple[int, ...], np.dtype[np.floating]]]":
+    """Return layer → scale factors of all its BN layers: γ [C], and λ [H·W] of spatial NAM."""
+    return {
+        path: module.weight.detach().cpu().numpy()
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm | SpatialNAM) and module.weight is not None
+    }
+
+
+def _metrics(checkpoint: Path) -> list[dict[str, object]]:
+    """Return the rows of the training that led to a checkpoint: its own, or its run's."""
+    for path in (checkpoint / METRICS, checkpoint.parent / METRICS):
+        if path.is_file():
+            return [loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return []
+
+
+def report(
+    job: Job, dense: Loaded, slim: Loaded, result: RunResult, *, page: Path, command: str
+) -> None:
+    """Write the HTML page, and its figures as PNG beside it."""
+    drawn = illustrate(job, dense, slim, page.parent / "figures")
+    html = render(
+        result,
+        plan=last_plan(slim.record, slim.folder),
+        title=f"{job.recipe.model} on {job.data.name}",
+        facts={"command": command, **facts(job)},
+        figures=drawn,
+    )
+    write(page, html)
+
+
+def facts(job: Job) -> dict[str, str]:
+    """Return what the numbers of this run depend on."""
+    packages = ("nampruner", "torch", "onnxruntime", "timm")
+    return {
+        "model": job.recipe.model,
+        "data": job.data.name,
+        "seed": str(job.recipe.seed),
+        "device": str(job.device),
+        "processor": f"{_processor()}, {os.cpu_count()} logical cores",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+    }
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def scratch() -> "tempfile.TemporaryDirectory[str]":
+    """Return a folder for files that nobody keeps."""
+    return tempfile.TemporaryDirectory(prefix="nampruner-")

@@ -1,0 +1,298 @@
+"""The door: help is instant, every mistake is one message and exit code 2, JSON is one object."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Never
+
+import pytest
+
+import nampruner
+from nampruner.cli import call
+from nampruner.config import PruneCommand, Recipe, RunCommand, merged
+
+TINY = ("--model", "resnet20?width=4", "--data", "digits", "--epochs", "1", "--round-to", "2")
+COMMANDS = (
+    *("run", "train", "rank", "prune", "finetune", "evaluate", "export", "bench", "report"),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that `nampruner train` left."""
+    out = tmp_path_factory.mktemp("trained") / "dense"
+    assert call(["train", *TINY[:6], "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """Return path → content of all that is under `folder`."""
+    found = sorted(folder.rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() else None for path in found}
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; from nampruner.cli import call; status = call(['--help']); "
+        "heavy = {'torch', 'timm', 'numpy', 'matplotlib', 'onnx', 'scipy'} & set(sys.modules); "
+        "sys.exit(f'{status} {heavy}' if status or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert re.search(rf"^│ {command} ", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_ends_with_real_lines(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from nampruner.cli.app import app
+
+    assert call([command, "--help"]) == 0
+    _, _, examples = capsys.readouterr().out.partition("Examples:")
+    lines = [line.strip() for line in examples.splitlines() if line.strip()]
+    assert 2 <= len(lines) <= 3
+    for line in lines:
+        words = [word.strip("'") for word in line.split()]
+        assert words[:2] == ["nampruner", command]
+        app.parse_args(words[1:], exit_on_error=False, print_error=False)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["--version"]) == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def truncated(trained: Path, here: Path) -> list[str]:
+    copy = shutil.copytree(trained, here / "broken")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return ["prune", str(copy), "--ratio", "0.3"]
+
+
+def disagreeing(trained: Path, here: Path) -> list[str]:
+    copy = shutil.copytree(trained, here / "broken")
+    record = json.loads((copy / "nampruner.json").read_text())
+    record["lineage"]["source"] = "resnet20?width=6"
+    (copy / "nampruner.json").write_text(json.dumps(record))
+    return ["prune", str(copy), "--ratio", "0.3"]
+
+
+def foreign_folder(command: str) -> list[str]:
+    Path("mine").mkdir()
+    Path("mine/letter.txt").write_text("dear")
+    return [command, *(TINY if command == "run" else TINY[:6]), "--out", "mine"]
+
+
+def empty_tree(trained: Path, here: Path) -> list[str]:
+    (here / "pictures").mkdir()
+    return ["run", "--data", "pictures"]
+
+
+MISTAKES = {
+    "ratio above 1": (lambda t, h: ["prune", str(t), "--ratio", "1.2"], "--ratio = '1.2'"),
+    "ratio below 0": (lambda t, h: ["prune", str(t), "--ratio", "-0.1"], "--ratio = '-0.1'"),
+    "two targets": (
+        lambda t, h: ["prune", str(t), "--ratio", "0.3", "--macs", "50%"],
+        "ratio and macs were given together",
+    ),
+    "no target": (lambda t, h: ["prune", str(t)], "give one of --ratio, --macs, --params"),
+    "amount": (lambda t, h: ["prune", str(t), "--macs", "half"], "give 50%, 0.5 or 2.1G"),
+    "too much": (lambda t, h: ["run", *TINY, "--macs", "120%"], "what remains must lie in"),
+    "model": (lambda t, h: ["run", "--model", "resnt20"], "Did you mean resnet20"),
+    "data set": (lambda t, h: ["run", "--data", "digitz"], "Did you mean digits"),
+    "no classes": (empty_tree, "one folder per class"),
+    "truncated": (truncated, "model.safetensors is damaged"),
+    "disagreeing": (disagreeing, "do not fit each other"),
+    "ignore glob": (
+        lambda t, h: ["prune", str(t), "--ratio", "0.3", "--ignore", "layr*"],
+        "ignore = 'layr*' matches no layer",
+    ),
+    "ignore glob, run": (lambda t, h: ["run", *TINY, "--ignore", "layr*"], "matches no layer"),
+    "nam glob": (lambda t, h: ["train", *TINY[:6], "--nam-at", "layr*"], "matches no module"),
+    "foreign folder, run": (lambda t, h: foreign_folder("run"), "mine exists and is no run"),
+    "foreign folder, train": (lambda t, h: foreign_folder("train"), "mine exists and is no"),
+    "foreign checkpoint": (
+        lambda t, h: ["prune", str(t), "--ratio", "0.3", "--out", str(t)],
+        "give --out another folder",
+    ),
+    "foreign file": (
+        lambda t, h: ["export", str(t), "--out", str(t / "nampruner.json")],
+        "nampruner.json",
+    ),
+    "flag": (lambda t, h: ["run", "--epohcs", "3"], "Did you mean --epochs"),
+    "command": (lambda t, h: ["prun"], 'Did you mean "prune"'),
+    "choice": (lambda t, h: ["run", "--importance", "nma"], "--importance = 'nma'"),
+    "device": (lambda t, h: ["run", *TINY, "--device", "gpu"], "give auto, cpu, cuda or cuda:N"),
+    "checkpoint": (lambda t, h: ["evaluate", str(t.parent)], "Did you mean"),
+    "nothing": (lambda t, h: ["evaluate", "nothing"], "there is no such folder"),
+    "one candidate": (lambda t, h: ["bench", str(t)], "at least two"),
+    "recipe": (lambda t, h: ["run", "recipe.yaml"], "recipe recipe.yaml"),
+    "never pruned": (lambda t, h: ["report", str(t)], "was never pruned"),
+    "dry run of nothing": (lambda t, h: ["prune", "--ratio", "0.3", "--dry-run"], "no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_and_writes_nothing(
+    mistake: str, trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = MISTAKES[mistake]
+    line = arguments(trained, here)
+    before = everything(here), everything(trained)
+
+    assert call(line) == 2
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("error: ") == 1
+    assert err.count("\n") == 1
+    assert message in err
+    assert (everything(here), everything(trained)) == before
+
+
+def test_all_mistakes_come_in_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["run", "--epochs", "0", "--floor", "2"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--epochs" in err
+    assert "--floor" in err
+
+
+def test_a_bug_keeps_its_traceback_and_an_interruption_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nampruner.pipeline import look
+
+    def fail(*_: object, **__: object) -> Never:
+        raise RuntimeError("a bug")
+
+    def interrupt(*_: object, **__: object) -> Never:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(look, "bench", fail)
+    assert call(["bench", "a", "b"]) == 1
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+    monkeypatch.setattr(look, "bench", interrupt)
+    assert call(["bench", "a", "b"]) == 130
+    assert "same command goes on" in capsys.readouterr().err
+
+
+def test_a_flag_beats_the_recipe_beats_the_default(here: Path) -> None:
+    recipe = merged({"epochs": 3, "ratio": 0.2}, RunCommand(macs="50%", batch_size=16), "here")
+
+    assert (recipe.epochs, recipe.batch_size, recipe.macs, recipe.ratio) == (3, 16, "50%", None)
+    assert recipe.lr == Recipe().lr
+    assert merged({}, PruneCommand(), "here").ratio == 0.3
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = everything(here), everything(trained.parent)
+    line = ["prune", str(trained), "--ratio", "0.3", "--round-to", "2", "--dry-run"]
+
+    assert call(line) == 0
+    shown = capsys.readouterr().out
+    assert call([*line, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+
+    rows = re.findall(r"^(\S+) +(\d+) → (\d+)", shown, re.MULTILINE)
+    wide = sum(int(width) for _, width, _ in rows)
+    gone = wide - sum(int(width) for _, _, width in rows)
+    assert gone / wide == pytest.approx(result["achieved"]["ratio"])
+    assert "output of the network" in shown
+    assert "checkpoint" not in result
+    assert (everything(here), everything(trained.parent)) == before
+
+
+def test_prune_and_what_looks_at_it(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = here / "slim"
+    line = ["prune", str(trained), "--ratio", "0.3", "--round-to", "2", "--out", str(out), "--json"]
+    assert call(line) == 0
+    result = json.loads(capsys.readouterr().out)
+
+    assert result["requested"] == {"ratio": 0.3}
+    assert 0 < result["achieved"]["ratio"] <= 0.3
+    assert result["certificate"]["max_relative_error"] <= 1e-9
+    assert result["certificate"]["dtype"] == "float64"
+    assert {"params", "macs", "accuracy"} <= set(result["before"]) & set(result["after"])
+    assert result["checkpoint"] == str(out)
+    slim = nampruner.load(out)
+    assert sum(p.numel() for p in slim.parameters()) == result["after"]["params"]
+
+    assert call(line) == 0
+    assert json.loads(capsys.readouterr().out) == result
+
+    assert call(["evaluate", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == result["after"]["accuracy"]
+
+
+def test_export_evaluate_and_bench(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["export", str(trained), "--out", "a.onnx", "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert exported["parity"]["inputs"] == 64
+    assert exported["size_bytes"] == Path("a.onnx").stat().st_size
+
+    accuracies = []
+    for path in ("a.onnx", str(trained)):
+        assert call(["evaluate", path, "--json"]) == 0
+        accuracies.append(json.loads(capsys.readouterr().out)["accuracy"])
+    assert accuracies[0] == accuracies[1]
+
+    shutil.copy("a.onnx", "b.onnx")
+    assert call(["bench", "a.onnx", "b.onnx", "--rounds", "5", "--json"]) == 0
+    candidates = json.loads(capsys.readouterr().out)["candidates"]
+    assert [each["path"] for each in candidates] == ["a.onnx", "b.onnx"]
+    assert candidates[0]["times"] == 1.0
+
+
+def test_rank_shows_scores_and_touches_nothing(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = everything(trained.parent)
+    assert call(["rank", str(trained), "--round-to", "2", "--out", "scores.png", "--json"]) == 0
+    ranking = json.loads(capsys.readouterr().out)
+
+    assert [row["ratio"] for row in ranking["would_be"]] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    macs = [row["macs"] for row in ranking["would_be"]]
+    assert macs == sorted(macs, reverse=True)
+    assert len(ranking["scores"]) == sum(row["width"] for row in ranking["layers"])
+    assert Path("scores.png").read_bytes().startswith(b"\x89PNG")
+    assert everything(trained.parent) == before
+
+
+def test_finetune_goes_on_from_a_checkpoint(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["finetune", str(trained), "--finetune-epochs", "1", "--out", "tuned", "--json"]
+    assert call(line) == 0
+    made = json.loads(capsys.readouterr().out)
+
+    assert made["checkpoint"] == "tuned"
+    assert 0 <= made["metrics"]["accuracy"] <= 1
+    stages = [
+        json.loads(row)["stage"] for row in Path("tuned/metrics.jsonl").read_text().splitlines()
+    ]
+    assert stages == ["finetune"]
+    assert sorted(path.name for path in here.iterdir()) == ["tuned"]
+
+
+def test_only_the_command_line_and_the_console_print() -> None:
+    package = Path(nampruner.__file__).parent
+    for path in package.rglob("*.py"):
+        if "cli" not in path.parts and path.name != "console.py":
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(?<![\w.])print\(|sys\.std(out|err)\b", text), path
