@@ -3,7 +3,9 @@
 from torch import Tensor, nn
 
 
-def _conv(before: int, after: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def _conv(
+    before: int, after: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
     conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(after)]
 

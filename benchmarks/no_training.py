@@ -4,14 +4,14 @@ Fashion-MNIST, ResNet-20 (width 16) and a MobileNetV2-style network, trained onc
 without NAM + proximal penalty, then cut to 1/2 and 1/4 of their MACs by nampruner and, in the same
 run, by torch-pruning's importances (each as it is, and with BN recalibration, to be fair).
 
-    python benchmarks/no_training.py            # trains what is not cached, goes on where it stopped
+    python benchmarks/no_training.py            # trains what is not cached, then measures
     python benchmarks/no_training.py --quick    # a minute: one seed, two epochs, fewer images
 """
 
 import argparse
+import copy
 import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch_pruning as tp
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -31,8 +33,10 @@ from nampruner.penalty import SparsityPenalty
 from nampruner.pruning import prune
 from nampruner.training import FitSettings, evaluate, fit
 
-sys.path.insert(0, str(Path(__file__).parent))
-NETWORKS = {"resnet20": "resnet20", "mobilenetv2-style": f"{Path(__file__).parent}/networks.py:mobile"}
+NETWORKS = {
+    "resnet20": "resnet20",
+    "mobilenetv2-style": f"{Path(__file__).parent}/networks.py:mobile",
+}
 TARGETS = {"2x": "50%", "4x": "25%"}
 TP = ("BNScale", "GroupMagnitude", "Magnitude", "Taylor", "LAMP", "FPGM", "Random")
 
@@ -59,15 +63,11 @@ def trained(setting: Setting, data: Data, epochs: int, cache: Path) -> nn.Module
         attach_nam(model, data.example_input(4), parts="channel")
     file = cache / f"{setting.name}.safetensors"
     if file.exists():
-        from safetensors.torch import load_model
-
         load_model(model, str(file))
         return model.eval()
     options = TrainOptions(epochs=epochs)
     settings = FitSettings.sparse(options, nampruner.config.RuntimeOptions(seed=setting.seed))
     fit(model, data, settings, penalty=_penalty(model, setting, epochs * len(data.train)))
-    from safetensors.torch import save_model
-
     save_model(model, str(file))
     return model.eval()
 
@@ -94,34 +94,33 @@ def ours(model: nn.Module, data: Data, macs: str, calibration: list[Tensor], how
 
 
 def theirs(model: nn.Module, data: Data, fraction: float, method: str) -> nn.Module:
-    """Cut with torch-pruning to the same MACs."""
-    import copy
+    """Cut with torch-pruning, the same fraction everywhere, to at most the same MACs."""
+    low, high, best = 0.0, 0.95, None
+    for _ in range(7):
+        middle = (low + high) / 2
+        slim, left = _their_cut(model, data, middle, method)
+        if left > fraction:
+            low = middle
+        else:
+            high, best = middle, slim
+    if best is None:
+        raise RuntimeError(f"no ratio reaches {fraction:.0%} of the MACs")
+    return best
 
-    import torch_pruning as tp
 
+def _their_cut(model: nn.Module, data: Data, ratio: float, method: str) -> tuple[nn.Module, float]:
     slim, example = copy.deepcopy(model), data.example_input(1)
-    importance = getattr(tp.importance, f"{method}Importance")()
     head = [m for m in slim.modules() if isinstance(m, nn.Linear)][-1]
-    dense, _ = tp.utils.count_ops_and_params(slim, example)
-    steps = 60
+    before, _ = tp.utils.count_ops_and_params(slim, example)
+    importance = getattr(tp.importance, f"{method}Importance")()
     pruner = tp.pruner.BasePruner(
-        slim,
-        example,
-        importance,
-        pruning_ratio=0.95,
-        iterative_steps=steps,
-        ignored_layers=[head],
-        round_to=4,
+        slim, example, importance, pruning_ratio=ratio, ignored_layers=[head], round_to=4
     )
-    for _ in range(steps):
-        if method == "Taylor":
-            images, labels = next(iter(data.plain))
-            slim.zero_grad()
-            nn.functional.cross_entropy(slim(images), labels).backward()
-        pruner.step()
-        if tp.utils.count_ops_and_params(slim, example)[0] <= fraction * dense:
-            break
-    return slim.eval()
+    if method == "Taylor":
+        images, labels = next(iter(data.plain))
+        nn.functional.cross_entropy(slim(images), labels).backward()
+    pruner.step()
+    return slim.eval(), tp.utils.count_ops_and_params(slim, example)[0] / before
 
 
 def recalibrated(model: nn.Module, calibration: list[Tensor]) -> nn.Module:
@@ -208,6 +207,7 @@ def images(count: int) -> Data:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=20_000)
@@ -215,21 +215,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/no_training/results.json"))
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.epochs, options.images = 1, 1, 2000
+        options.seeds, options.epochs, options.images = 1, 2, 4000
         options.cache = options.cache / "quick"
     options.cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
     data = images(options.images)
+    seeds = range(options.seeds)
+    settings = [Setting(n, nam, s) for nam in (True, False) for s in seeds for n in NETWORKS]
     rows: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        for network in NETWORKS:
-            for nam in (True, False):
-                setting = Setting(network, nam, seed)
-                done = options.cache / f"{setting.name}.json"
-                if not done.exists():
-                    found = measure(setting, data, options.epochs, options.cache)
-                    done.write_text(json.dumps(found, indent=1))
-                rows += json.loads(done.read_text())
+    for setting in settings:
+        if options.train_only:
+            start = time.perf_counter()
+            trained(setting, data, options.epochs, options.cache)
+            print(f"{setting.name} trained, {time.perf_counter() - start:.0f} s", flush=True)
+            continue
+        done = options.cache / f"{setting.name}.json"
+        if not done.exists():
+            found = measure(setting, data, options.epochs, options.cache)
+            done.write_text(json.dumps(found, indent=1))
+        rows += json.loads(done.read_text())
     options.out.write_text(json.dumps(rows, indent=1))
     print(table(rows))
 

@@ -82,7 +82,7 @@ class OptimizerOptions(Options):
 class TrainOptions(OptimizerOptions):
     """The sparse training."""
 
-    epochs: Positive = 12
+    epochs: Positive = 10
     """Passes over the training images."""
     lr: Annotated[float, Field(gt=0)] = 0.2
     """Peak learning rate of the one-cycle schedule."""
@@ -91,8 +91,8 @@ class TrainOptions(OptimizerOptions):
 class PenaltyOptions(Options):
     """The sparsity penalty p·Σ|γ| + p·Σ|λ|."""
 
-    strength: Annotated[float, Field(ge=0)] = 1e-3
-    """Coefficient p of the penalty."""
+    strength: Annotated[float, Field(ge=0)] | None = None
+    """Coefficient p; by default a factor that no gradient holds falls from 1 to 0 in the run."""
     penalty: PenaltyMethod = "proximal"
     """proximal gives exact zeros, subgradient is the published form."""
     penalize_nam: bool = True
@@ -151,9 +151,9 @@ class RecoveryOptions(Options):
 class FinetuneOptions(Options):
     """The training after the cut."""
 
-    finetune_epochs: Annotated[int, Field(ge=0)] = 3
+    finetune_epochs: Annotated[int, Field(ge=0)] = 2
     """Passes over the training images after the cut; 0 skips fine-tuning."""
-    finetune_lr: Annotated[float, Field(gt=0)] = 0.05
+    finetune_lr: Annotated[float, Field(gt=0)] = 0.02
     """Peak learning rate of fine-tuning."""
 
 

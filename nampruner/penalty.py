@@ -221,3 +221,12 @@ def _check(strength: float, method: str, warmup_steps: int, momentum: float) -> 
         raise NamPrunerError(f"warmup_steps = {warmup_steps}; give 0 for none, or more")
     if not 0 <= momentum < 1:
         raise NamPrunerError(f"momentum = {momentum}; give what the optimizer has, in [0, 1)")
+
+
+def fitting_strength(lr: float, steps: float, *, momentum: float = 0.9) -> float:
+    """Return the strength at which a scale factor that no gradient holds falls from 1 to 0.
+
+    The penalty moves a factor by lr·p/(1 - momentum) a step, so a fixed p is weak in a short run
+    and strong in a long one. `lr` is the mean rate over `steps`.
+    """
+    return (1.0 - momentum) / max(lr * steps, 1e-12)

@@ -11,8 +11,10 @@ from typing import Never
 import pytest
 
 import nampruner
+from nampruner import console
 from nampruner.cli import call
 from nampruner.config import PruneCommand, Recipe, RunCommand, merged
+from nampruner.progress import Progress
 
 TINY = ("--model", "resnet20?width=4", "--data", "digits", "--epochs", "1", "--round-to", "2")
 COMMANDS = (
@@ -279,8 +281,10 @@ def test_finetune_goes_on_from_a_checkpoint(
 ) -> None:
     line = ["finetune", str(trained), "--finetune-epochs", "1", "--out", "tuned", "--json"]
     assert call(line) == 0
-    made = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    made = json.loads(out)
 
+    assert re.search(r"^finetune +done +loss \S+  accuracy [\d.]+ %  \d+:\d\d$", err, re.MULTILINE)
     assert made["checkpoint"] == "tuned"
     assert 0 <= made["metrics"]["accuracy"] <= 1
     stages = [
@@ -288,6 +292,23 @@ def test_finetune_goes_on_from_a_checkpoint(
     ]
     assert stages == ["finetune"]
     assert sorted(path.name for path in here.iterdir()) == ["tuned"]
+
+
+@pytest.mark.parametrize("kind", [console._Lines, console._Bars])
+def test_work_inside_work_leaves_no_line(
+    kind: type[Progress], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = kind()
+    with progress.bar("train", 2) as outer:
+        outer.advance(loss=0.5, accuracy=0.25)
+        with progress.bar("evaluate", 1) as inner:
+            inner.advance()
+        outer.advance(loss=0.4, accuracy=0.5)
+
+    err = capsys.readouterr().err
+    assert "train" in err
+    assert "loss 0.4  accuracy 50.00 %" in err
+    assert "evaluate" not in err.splitlines()[-1]
 
 
 def test_only_the_command_line_and_the_console_print() -> None:

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 
 from nampruner.errors import NamPrunerError, NoEffectWarning
 from nampruner.nam import NAM
-from nampruner.penalty import SparsityPenalty, parameter_groups
+from nampruner.penalty import SparsityPenalty, fitting_strength, parameter_groups
 
 
 class Net(nn.Module):
@@ -340,3 +340,14 @@ def test_scale_factors_and_biases_do_not_decay(net: Net) -> None:
             for kind in ("weight", "bias")
         ),
     }
+
+
+def test_a_fitting_strength_brings_a_free_factor_from_one_to_zero() -> None:
+    model = nn.BatchNorm2d(4)
+    strength = fitting_strength(0.1, 50, momentum=0.9)
+    penalty = SparsityPenalty(model, strength * 1.0001)
+    for _ in range(49):
+        penalty.step(0.1)
+    assert penalty.zeros() == (0, 4)
+    penalty.step(0.1)
+    assert penalty.zeros() == (4, 4)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from nampruner import checkpoint
 from nampruner.config import (
     TARGETS,
     ExportCommand,
@@ -26,7 +25,7 @@ from nampruner.pipeline.folders import (
     run_folder,
     workshop,
 )
-from nampruner.pipeline.job import Job, Loaded, prepare, resume, trusted
+from nampruner.pipeline.job import Job, Loaded, load, prepare, resume, trusted
 from nampruner.pipeline.publish import Exported, check_onnx_path
 from nampruner.pipeline.stages import Made, check, made, make, planned, prune_result
 from nampruner.pipeline.whole import run, trained
@@ -83,7 +82,7 @@ def prune_command(
     job, dense = _opened(source, flags, trust=trust, progress=progress)
     target = out or cut_name(dense.folder, job.recipe)
     make(job, target, dense.folder, lambda: stages.prune(job, dense, target))
-    return prune_result(checkpoint.read(target), target)
+    return prune_result(load(target, trust=trust))
 
 
 def plan_command(

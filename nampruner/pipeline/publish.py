@@ -20,8 +20,8 @@ from nampruner.latency import measure
 from nampruner.nam import SpatialNAM
 from nampruner.pipeline.folders import METRICS, write
 from nampruner.pipeline.job import Job, Loaded, build
-from nampruner.pipeline.stages import ACCURACY, CUT, DENSE, RECOVERED, last_plan, prune_result
-from nampruner.plan import Measured, OnnxResult, Parity, PruningPlan, Record, RunResult
+from nampruner.pipeline.stages import ACCURACY, CUT, DENSE, RECOVERED, last_cut, prune_result
+from nampruner.plan import Measured, OnnxResult, Parity, Record, RunResult
 from nampruner.report import render
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def compare(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> RunResult:
     Raises:
         NamPrunerError: see `export`; or `slim` was never cut.
     """
-    base = prune_result(slim.record, slim.folder)
+    base = prune_result(slim)
     files = {
         "dense": export(job, dense, folder / "dense.onnx"),
         "slim": export(job, slim, folder / "model.onnx"),
@@ -112,8 +112,7 @@ def _column(base: Measured, accuracy: float | None, facts: Mapping[str, object])
 
 def illustrate(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> "dict[str, Figure]":
     """Draw what a cut did, save it as PNG in `folder`; return caption → figure."""
-    plan = last_plan(slim.record, slim.folder)
-    drawn = _figures(job, dense, slim, plan)
+    drawn = _figures(job, dense, slim)
     rows = _metrics(slim.folder)
     if rows:
         drawn["training"] = ("Training", figures.training_curves(rows))
@@ -123,9 +122,8 @@ def illustrate(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> "dict[str
     return dict(drawn.values())
 
 
-def _figures(
-    job: Job, dense: Loaded, slim: Loaded, plan: PruningPlan
-) -> "dict[str, tuple[str, Figure]]":
+def _figures(job: Job, dense: Loaded, slim: Loaded) -> "dict[str, tuple[str, Figure]]":
+    """Return file name → caption and figure."""
     before, after = factors(dense.model), factors(slim.model)
     drawn = {
         "factors": (
@@ -136,7 +134,7 @@ def _figures(
             "Scale factors before and after the cut, layer by layer",
             figures.layer_histograms(before, after),
         ),
-        "widths": ("Widths before and after the cut", figures.widths(plan)),
+        "widths": ("Widths before and after the cut", figures.widths(last_cut(slim)[0])),
     }
     if not dense.record.lineage.plans:
         fresh = factors(build(job))
@@ -172,7 +170,7 @@ def report(
     drawn = illustrate(job, dense, slim, page.parent / "figures")
     html = render(
         result,
-        plan=last_plan(slim.record, slim.folder),
+        plan=last_cut(slim)[0],
         title=f"{job.recipe.model} on {job.data.name}",
         facts={"command": command, **facts(job)},
         figures=drawn,

@@ -9,12 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from nampruner import checkpoint
-from nampruner.checkpoint import CheckpointRecord
 from nampruner.config import Recipe
 from nampruner.errors import CheckpointError
 from nampruner.graph import trace
 from nampruner.importance import score
-from nampruner.penalty import SparsityPenalty
+from nampruner.penalty import SparsityPenalty, fitting_strength
 from nampruner.pipeline.folders import is_made, link, parent_of
 from nampruner.pipeline.job import Job, Loaded, build, keep
 from nampruner.plan import Certificate, Measured, PruneResult, PruningPlan, Record
@@ -78,13 +77,18 @@ def train(job: Job, out: Path, work: Path) -> None:
 def _penalty(model: nn.Module, recipe: Recipe, *, steps: int) -> SparsityPenalty | None:
     if recipe.strength == 0:
         return None
+    warmup = round(recipe.penalty_warmup * steps)
+    strength = recipe.strength
+    if strength is None:
+        # the mean rate of a one-cycle schedule is about half of its peak
+        strength = fitting_strength(recipe.lr / 2, steps - warmup / 2, momentum=recipe.momentum)
     return SparsityPenalty(
         model,
-        recipe.strength,
+        strength,
         method=recipe.penalty,
         nam=recipe.penalize_nam,
         bn=recipe.penalize_bn,
-        warmup_steps=round(recipe.penalty_warmup * steps),
+        warmup_steps=warmup,
         momentum=recipe.momentum,
     )
 
@@ -104,6 +108,8 @@ def prune(job: Job, dense: Loaded, out: Path) -> None:
     """Cut, certify and recover; the checkpoint tells what every step did to the accuracy."""
     cut = decide(job, dense)
     metrics = {DENSE: _accuracy(job, dense), CUT: job.accuracy(cut.model, "after the cut")}
+    for model in (dense.model, cut.model):
+        model.to(job.device)
     whole = restore(
         cut,
         dense.model,
@@ -116,7 +122,7 @@ def prune(job: Job, dense: Loaded, out: Path) -> None:
     metrics[ACCURACY] = metrics.get(RECOVERED, metrics[CUT])
     keep(
         job,
-        whole.model,
+        whole.model.cpu(),
         out,
         metrics=metrics,
         certificate=whole.certificate,
@@ -148,33 +154,30 @@ def finetune(job: Job, source: Loaded, out: Path, work: Path) -> None:
     )
 
 
-def last_plan(record: CheckpointRecord, folder: Path) -> PruningPlan:
-    """Return the last cut of a checkpoint.
+def last_cut(found: Loaded) -> tuple[PruningPlan, Certificate]:
+    """Return the plan and the certificate of a checkpoint's last cut.
 
     Raises:
         CheckpointError: it was never cut.
     """
-    if not record.lineage.plans or record.certificate is None:
-        raise CheckpointError(
-            f"{folder} was never pruned; give one that was, or `nampruner prune` it"
-        )
-    return record.lineage.plans[-1]
+    plans, certificate = found.record.lineage.plans, found.record.certificate
+    if not plans or certificate is None:
+        raise CheckpointError(f"{found.folder} was never pruned; `nampruner prune` it first")
+    return plans[-1], certificate
 
 
-def prune_result(record: CheckpointRecord, folder: Path) -> PruneResult:
+def prune_result(found: Loaded) -> PruneResult:
     """Return what the last cut of a checkpoint did, up to and with recovery.
 
     Raises:
         CheckpointError: it was never cut.
     """
-    plan = last_plan(record, folder)
-    metrics = record.metrics
+    metrics = found.record.metrics
     return planned(
-        plan,
-        record.certificate or Certificate(max_relative_error=0.0, inputs=0),
+        *last_cut(found),
         before=metrics.get(DENSE),
         after=metrics.get(RECOVERED, metrics.get(CUT)),
-        folder=folder,
+        folder=found.folder,
     )
 
 
@@ -204,7 +207,7 @@ def uncut_parent(found: Loaded) -> Path:
     Raises:
         CheckpointError: it was never cut, or the other checkpoint is no longer there.
     """
-    last_plan(found.record, found.folder)
+    last_cut(found)
     cuts, folder, record = len(found.record.lineage.plans), found.folder, found.record
     while len(record.lineage.plans) == cuts:
         parent = parent_of(folder, record.parent)
