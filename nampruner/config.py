@@ -92,7 +92,7 @@ class PenaltyOptions(Options):
     """The sparsity penalty p·Σ|γ| + p·Σ|λ|."""
 
     strength: Annotated[float, Field(ge=0)] | None = None
-    """Coefficient p; by default a factor that no gradient holds falls from 1 to 0 in the run."""
+    """Coefficient p; by default a factor that no gradient holds falls from 1 to 0.2 in the run."""
     penalty: PenaltyMethod = "proximal"
     """proximal gives exact zeros, subgradient is the published form."""
     penalize_nam: bool = True

@@ -223,10 +223,11 @@ def _check(strength: float, method: str, warmup_steps: int, momentum: float) -> 
         raise NamPrunerError(f"momentum = {momentum}; give what the optimizer has, in [0, 1)")
 
 
-def fitting_strength(lr: float, steps: float, *, momentum: float = 0.9) -> float:
-    """Return the strength at which a scale factor that no gradient holds falls from 1 to 0.
+def fitting_strength(lr: float, steps: float, *, momentum: float = 0.9, fall: float = 0.8) -> float:
+    """Return the strength at which a scale factor that no gradient holds falls by `fall`.
 
     The penalty moves a factor by lr·p/(1 - momentum) a step, so a fixed p is weak in a short run
-    and strong in a long one. `lr` is the mean rate over `steps`.
+    and strong in a long one. `lr` is the mean rate over `steps`. A fall of a whole 1 would also
+    bring those to zero that nothing speaks against, and with them every NAM weight.
     """
-    return (1.0 - momentum) / max(lr * steps, 1e-12)
+    return fall * (1.0 - momentum) / max(lr * steps, 1e-12)

@@ -342,9 +342,9 @@ def test_scale_factors_and_biases_do_not_decay(net: Net) -> None:
     }
 
 
-def test_a_fitting_strength_brings_a_free_factor_from_one_to_zero() -> None:
+def test_under_a_fitting_strength_a_free_factor_falls_by_as_much_as_asked() -> None:
     model = nn.BatchNorm2d(4)
-    strength = fitting_strength(0.1, 50, momentum=0.9)
+    strength = fitting_strength(0.1, 50, momentum=0.9, fall=1.0)
     penalty = SparsityPenalty(model, strength * 1.0001)
     for _ in range(49):
         penalty.step(0.1)
