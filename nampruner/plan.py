@@ -79,7 +79,12 @@ class LayerRecovery(Record):
     """Input channels removed from this consumer."""
     explained: Annotated[float, Field(le=1.0)]
     """Share of the variance of what was removed that recovery gives back."""
-    method: Literal["constant", "affine", "taps"]
+    method: Literal["affine", "taps"]
+    """By its inputs, one map for all taps, or by its outputs, tap by tap (right at borders too)."""
+    verdict: Literal["exact", "bounded", "lossy"] = "lossy"
+    """Held-out outputs (affine: inputs) off by at most 1e-5, at most 0.1, or more."""
+    bound: float = 0.0
+    """Largest error on held-out positions, in standard deviations."""
 
 
 class Certificate(Record):

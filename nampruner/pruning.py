@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nampruner.certificate import Forward, certify, cost_of, culprits
@@ -18,7 +19,7 @@ from nampruner.graph import DependencyGraph, UnitGroup, trace
 from nampruner.importance import Batches, Custom, Scores, score
 from nampruner.plan import Certificate, PruningPlan, Repair
 from nampruner.progress import Progress
-from nampruner.recovery import recover
+from nampruner.recovery import fold_constants, recover
 from nampruner.selection import select
 from nampruner.surgery import cut, find_repairs
 
@@ -189,7 +190,7 @@ def prune(
     forward: Forward | None = None,
     **options: Any,
 ) -> Cut:
-    """Plan, cut, certify, and recover where `data` (batches of inputs, no labels) is given.
+    """Plan, cut, certify, fold constants, and recover where `data` (inputs, no labels) is given.
 
     Returns the slim `.model`, its `.plan` and its `.certificate`; `model` is untouched.
 
@@ -201,6 +202,7 @@ def prune(
     calibration = None if data is None else list(data)
     scores = score(model, graph, importance, batches=batches or calibration)
     result = settle(model, graph, scores, chosen, example_inputs, forward)
+    fold_constants(result.model, model, result.plan, example_inputs)
     return result if calibration is None else restore(result, model, calibration)
 
 
@@ -214,13 +216,17 @@ def restore(
 ) -> Cut:
     """Recover the slim model in place, and let the certificate say what cut and recovery cost.
 
-    `batches` are inputs [N, C, H, W] without labels. With `corrected` off nothing is recovered,
+    `batches` are inputs [N, C, H, W] without labels; an eighth of them is held out of recovery, and
+    the cost is measured there. With `corrected` off nothing is recovered,
     only measured.
     """
-    error, agreement = cost_of(model, result.model, batches)
+    images = torch.cat(list(batches))
+    held = images[-max(1, len(images) // 8) :].split(128)
+    error, agreement = cost_of(model, result.model, held)
     facts: dict[str, Any] = {"output_error_cut": error, "top1_agreement_cut": agreement}
     if corrected:
-        facts["layers"] = recover(result.model, model, result.plan, batches, progress=progress)
-        error, agreement = cost_of(model, result.model, batches)
+        seen = [images[: len(images) - len(images) // 8]]
+        facts["layers"] = recover(result.model, model, result.plan, seen, progress=progress)
+        error, agreement = cost_of(model, result.model, held)
         facts |= {"output_error_recovered": error, "top1_agreement_recovered": agreement}
     return replace(result, certificate=result.certificate.model_copy(update=facts))

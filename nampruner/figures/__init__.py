@@ -5,11 +5,12 @@ imported when a figure is made, and pyplot never: no backend is chosen, no figur
 """
 
 from nampruner.figures.factors import layer_histograms, scale_factor_histogram
-from nampruner.figures.network import training_curves, widths
+from nampruner.figures.network import recovered, training_curves, widths
 from nampruner.figures.style import save, svg
 
 __all__ = [
     "layer_histograms",
+    "recovered",
     "save",
     "scale_factor_histogram",
     "svg",

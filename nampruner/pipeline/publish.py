@@ -135,6 +135,7 @@ def _figures(job: Job, dense: Loaded, slim: Loaded) -> "dict[str, tuple[str, Fig
             figures.layer_histograms(before, after),
         ),
         "widths": ("Widths before and after the cut", figures.widths(last_cut(slim)[0])),
+        **_recovery(slim),
     }
     if not dense.record.lineage.plans:
         fresh = factors(build(job))
@@ -144,6 +145,13 @@ def _figures(job: Job, dense: Loaded, slim: Loaded) -> "dict[str, tuple[str, Fig
             figures.scale_factor_histogram(fresh, before, names=names),
         )
     return drawn
+
+
+def _recovery(slim: Loaded) -> "dict[str, tuple[str, Figure]]":
+    layers = last_cut(slim)[1].layers
+    if not layers:
+        return {}
+    return {"recovery": ("Recovered without training", figures.recovered(layers))}
 
 
 def factors(model: nn.Module) -> "dict[str, np.ndarray[tuple[int, ...], np.dtype[np.floating]]]":

@@ -8,73 +8,96 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Consumer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-_PLAIN = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PLAIN = {kind.forward for kind in (*_CONV, *_TRANSPOSED, nn.Linear)}
 
 
 def is_consumer(module: nn.Module) -> bool:
     """Whether the module is a convolution or linear layer that uses its weight as it stands."""
-    weight = module._parameters.get("weight")
-    return type(module).forward in _PLAIN and weight is not None
+    return type(module).forward in _PLAIN and module._parameters.get("weight") is not None
 
 
-def taps(module: nn.Module) -> int:
-    """Kernel elements of a convolution; 1 for a linear layer."""
-    return math.prod(module.kernel_size) if isinstance(module, _CONV) else 1
+def sides(module: nn.Module) -> tuple[int, int]:
+    """Dimensions of the weight: outputs, inputs."""
+    return (1, 0) if isinstance(module, _TRANSPOSED) else (0, 1)
 
 
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def is_linear(module: nn.Module) -> bool:
+    """Whether channels lie in the last dimension, not in the second."""
+    return isinstance(module, nn.Linear)
+
+
+def has_taps(module: nn.Module) -> bool:
+    """Whether outputs are sums over patches that can be gathered: all but transposed ones."""
+    return not isinstance(module, _TRANSPOSED)
+
+
+def grid(module: nn.Module, tensor: Tensor) -> torch.Size:
+    """The positions of an input or output: [N, …] without its channels."""
+    if is_linear(module):
+        return tensor.shape[:-1]
+    return torch.Size([tensor.shape[0], *tensor.shape[2:]])
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Sampled output positions: image number and coordinates, each [n]."""
+    """Sampled positions: image number and coordinates, each [n]."""
 
     at: tuple[Tensor, ...]
 
     @staticmethod
     def sample(shape: torch.Size, count: int, seed: int) -> "Sites":
-        """Draw `count` positions of an output [N, C, …] or [N, …, C] given as its grid."""
+        """Draw `count` positions of a grid; all of them, in random order, where there are fewer."""
         total = math.prod(shape)
         generator = torch.Generator().manual_seed(seed)
         if count >= total:
-            flat = torch.arange(total)[torch.randperm(total, generator=generator)]
+            flat = torch.randperm(total, generator=generator)
         else:
             flat = torch.randint(0, total, (count,), generator=generator)
         return Sites(torch.unravel_index(flat, shape))
 
-
-def grid(module: nn.Module, out: Tensor) -> torch.Size:
-    """The output's positions: [N, *spatial], or all but the last dimension of a linear layer's."""
-    if isinstance(module, _CONV):
-        return torch.Size([out.shape[0], *out.shape[2:]])
-    return out.shape[:-1]
-
-
-def outputs(module: nn.Module, out: Tensor, sites: Sites) -> Tensor:
-    """The consumer's outputs at the sites [n, O]."""
-    return (out.movedim(1, -1) if isinstance(module, _CONV) else out)[sites.at]
+    def of(self, module: nn.Module, tensor: Tensor) -> Tensor:
+        """Channels at the sites [n, C]."""
+        return (tensor if is_linear(module) else tensor.movedim(1, -1))[self.at]
 
 
 def patches(module: nn.Module, x: Tensor, sites: Sites) -> Tensor:
-    """The consumer's inputs at the sites [n, C, taps]."""
-    if not isinstance(module, _CONV):
+    """The inputs that the outputs at the sites are made of [n, C, taps]."""
+    if is_linear(module):
         return x[sites.at].unsqueeze(-1)
     padded = _padded(module, x).movedim(1, -1)
     image, *where = sites.at
+    stride, step, kernel = (_numbers(module, n) for n in ("stride", "dilation", "kernel_size"))
     columns = []
-    for tap in product(*map(range, module.kernel_size)):
-        at = [
-            position * stride + offset * dilation
-            for position, stride, offset, dilation in zip(
-                where, module.stride, tap, module.dilation, strict=True
-            )
-        ]
+    for tap in product(*map(range, kernel)):
+        at = [w * stride[d] + tap[d] * step[d] for d, w in enumerate(where)]
         columns.append(padded[(image, *at)])
     return torch.stack(columns, -1)
 
 
-def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    amounts = list(module._reversed_padding_repeated_twice)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+def _numbers(module: nn.Module, name: str) -> tuple[int, ...]:
+    values: tuple[int, ...] = getattr(module, name)
+    return values
+
+
+def _padded(module: nn.Module, x: Tensor) -> Tensor:
+    amounts: list[int] = list(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+    mode = str(module.padding_mode)
+    mode = "constant" if mode == "zeros" else mode
     return F.pad(x, amounts, mode=mode) if any(amounts) else x
+
+
+def features_per_channel(width: int, removed: list[int], hint: int = 0) -> int:
+    """How many neighbouring inputs of a linear layer make one channel, after a flatten.
+
+    Removed inputs come in whole channels, so the length of a channel divides where their runs
+    begin and end, and the layer's width; `hint` is believed where it divides them too.
+    """
+    size = width
+    for previous, index in zip([-2, *removed], removed, strict=False):
+        if index != previous + 1:
+            size = math.gcd(size, index)
+            size = math.gcd(size, previous + 1) if previous >= 0 else size
+    size = math.gcd(size, removed[-1] + 1) if removed else 1
+    return hint if hint and size % hint == 0 else size

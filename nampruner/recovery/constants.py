@@ -1,0 +1,68 @@
+"""Fold what removed channels always say into what stays; no data is needed.
+
+A channel behind γ = 0 is act(β) everywhere. Its share of a consumer's output is then constant, and
+goes into the consumer's bias, or is taken off the mean of the BN behind it. Where nothing is padded
+this is exact; a zero-padded border misses the constant there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nampruner.plan import PruningPlan
+from nampruner.recovery.rows import has_taps, is_consumer
+from nampruner.recovery.survey import survey
+
+
+def fold_constants(
+    slim: nn.Module, model: nn.Module, plan: PruningPlan, example_inputs: Any
+) -> tuple[str, ...]:
+    """Fold constant channels in place, straight after the cut; return the consumers changed.
+
+    Constant is what noise in the shape of `example_inputs`, a tensor [N, C, …], does not move.
+    Other inputs than one tensor are left alone.
+    """
+    if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point():
+        return ()
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, *example_inputs.shape[1:])
+    noise = torch.randn(shape, generator=generator).to(example_inputs)
+    training = [m for m in model.modules() if m.training]
+    seen = survey(model.eval(), noise)
+    for module in training:
+        module.training = True
+    changed = []
+    for name, (values, same) in seen.constants.items():
+        gone = plan.removed.get(f"{name}.weight", {})
+        module = model.get_submodule(name)
+        if not is_consumer(module) or not has_taps(module) or getattr(module, "groups", 1) > 1:
+            continue
+        index = [i for i in gone.get(1, []) if same[i] and values[i] != 0]
+        if index and _shift(slim, name, seen.behind, _share(module, index, values, gone)):
+            changed.append(name)
+    return tuple(changed)
+
+
+def _share(
+    module: nn.Module, index: list[int], values: Tensor, gone: dict[int, list[int]]
+) -> Tensor:
+    """What these inputs add to every output that stays [O']."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    taps = weight[:, index].reshape(weight.shape[0], len(index), -1).sum(-1)
+    missing = set(gone.get(0, []))
+    stay = [i for i in range(weight.shape[0]) if i not in missing]
+    return (taps @ values[index].to(taps))[stay]
+
+
+@torch.no_grad()
+def _shift(slim: nn.Module, name: str, behind: dict[str, str], share: Tensor) -> bool:
+    bias = slim.get_submodule(name).bias
+    if isinstance(bias, Tensor):
+        bias += share
+        return True
+    mean = slim.get_submodule(behind[name]).running_mean if name in behind else None
+    if isinstance(mean, Tensor):
+        mean -= share
+        return True
+    return False
