@@ -99,5 +99,7 @@ def features_per_channel(width: int, removed: list[int], hint: int = 0) -> int:
         if index != previous + 1:
             size = math.gcd(size, index)
             size = math.gcd(size, previous + 1) if previous >= 0 else size
-    size = math.gcd(size, removed[-1] + 1) if removed else 1
-    return hint if hint and size % hint == 0 else size
+    size = math.gcd(size, removed[-1] + 1) if removed else width
+    if hint and size % hint == 0:
+        return hint
+    return size if removed else 1
