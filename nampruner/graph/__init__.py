@@ -2,8 +2,9 @@
 
     graph = trace(model, example_inputs)
 
-`labels` says what a label layer is, `tracer` carries layers through a forward pass, `rules` says
-what each ATen op does to them, `graph` is the value that comes out.
+labels.py   what a label layer is           tracer.py   carries layers through a forward pass
+ledger.py   what the rules find out         rules/      what each ATen op does to the layers
+graph.py    the value that comes out        cost.py     MACs and parameters by width
 """
 
 import warnings
