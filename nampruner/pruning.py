@@ -190,7 +190,7 @@ def prune(
     forward: Forward | None = None,
     **options: Any,
 ) -> Cut:
-    """Plan, cut, certify, fold constants, and recover where `data` (inputs, no labels) is given.
+    """Plan, cut, certify, and recover by `data` (inputs, no labels); without it, fold constants.
 
     Returns the slim `.model`, its `.plan` and its `.certificate`; `model` is untouched.
 
@@ -202,8 +202,10 @@ def prune(
     calibration = None if data is None else list(data)
     scores = score(model, graph, importance, batches=batches or calibration)
     result = settle(model, graph, scores, chosen, example_inputs, forward)
+    if calibration is not None:
+        return restore(result, model, calibration)
     fold_constants(result.model, model, result.plan, example_inputs)
-    return result if calibration is None else restore(result, model, calibration)
+    return result
 
 
 def restore(
