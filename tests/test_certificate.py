@@ -87,16 +87,17 @@ def test_slim_is_the_original_with_the_weights_that_read_a_channel_at_zero(name:
 def test_nam_by_hand() -> None:
     """A channel before NAM goes, and every surviving gate stays what it was."""
     model = ZOO["nam_attached"].make()
-    slim = prune(model, image(), ratio=0.3, round_to=1, importance="random")
+    plan = plan_pruning(model, image(), ratio=0.3, round_to=1, importance="random")
+    slim = cut(model, plan)
     masked = copy.deepcopy(model)
     for path in ("expand.0", "project", "head"):
-        gone = slim.plan.removed.get(f"{path}.weight", {}).get(1, [])
+        gone = plan.removed.get(f"{path}.weight", {}).get(1, [])
         masked.get_submodule(path).weight.data[:, gone] = 0
-    lost = slim.plan.removed["project.nam.channel.bn.weight"][0]
-    removed = slim.model.get_buffer("project.nam.channel.removed")
+    lost = plan.removed["project.nam.channel.bn.weight"][0]
+    removed = slim.get_buffer("project.nam.channel.removed")
     gamma = model.get_parameter("project.nam.channel.bn.weight")[lost].abs().sum()
     torch.testing.assert_close(removed.float(), gamma.detach())
-    assert apart(run(masked, image()), run(slim.model, image())) <= 1e-12
+    assert apart(run(masked, image()), run(slim, image())) <= 1e-12
 
 
 def test_nam_is_exact_whatever_its_factors() -> None:
