@@ -204,7 +204,8 @@ def prune(
     result = settle(model, graph, scores, chosen, example_inputs, forward)
     if calibration is not None:
         return restore(result, model, calibration)
-    fold_constants(result.model, model, result.plan, example_inputs)
+    if forward is None:
+        fold_constants(result.model, model, result.plan, example_inputs)
     return result
 
 
