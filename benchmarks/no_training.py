@@ -208,6 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=20_000)
@@ -218,7 +219,7 @@ def main() -> None:
         options.seeds, options.epochs, options.images = 1, 2, 4000
         options.cache = options.cache / "quick"
     options.cache.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     data = images(options.images)
     seeds = range(options.seeds)
     settings = [Setting(n, nam, s) for nam in (True, False) for s in seeds for n in NETWORKS]

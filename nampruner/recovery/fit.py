@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the ridge, relative to the mean variance of the features."""
 
 
@@ -41,8 +41,8 @@ def ridge(features: Tensor, targets: Tensor, prior: Tensor, *, centred: bool = T
     first = _Moments.of(x[:, :half], missed[:, :half], centred=centred)
     strength, left = _choose(first, x[:, half:], missed[:, half:])
     spread = missed[:, half:] - first.mean_r.unsqueeze(1)
-    total = float(spread.square().sum())
-    explained = max(0.0, 1.0 - float(left.square().sum()) / total) if total > 0 else 1.0
+    total, scale = float(spread.square().sum()), float(y.square().sum())
+    explained = max(0.0, 1.0 - float(left.square().sum()) / total) if total > 1e-24 * scale else 1.0
     worst = float(left.abs().max() / y.std().clamp_min(1e-30)) if left.numel() else 0.0
     whole = _Moments.of(x, missed, centred=centred)
     change = whole.solve(strength)

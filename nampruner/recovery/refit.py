@@ -57,7 +57,7 @@ def remember(
     rows = max(1024, min(16 * features, 16384))
     if has_taps(dense) and features <= _WIDEST and positions.numel() >= 2 * features:
         sites = Sites.sample(positions, rows, seed=features)
-        stay = _others(out.shape[-1 if is_linear(dense) else 1], cut.outputs)
+        stay = others(out.shape[-1 if is_linear(dense) else 1], cut.outputs)
         return Memory("taps", each, sites, sites.of(dense, out)[:, stay].clone())
     channels = _channelled(dense, x, each)
     if groups == 1 and channels.shape[1] <= _WIDEST:
@@ -67,7 +67,7 @@ def remember(
     return None
 
 
-def _others(width: int, gone: list[int]) -> list[int]:
+def others(width: int, gone: list[int]) -> list[int]:
     missing = set(gone)
     return [i for i in range(width) if i not in missing]
 
@@ -114,11 +114,11 @@ def _affine(
     outs, ins = sides(dense)
     kept = _channelled(slim, x, seen.each)
     rows = seen.sites.of(nn.Identity(), kept)
-    stay = _others(seen.targets.shape[1], [i // seen.each for i in cut.inputs])
+    stay = others(seen.targets.shape[1], [i // seen.each for i in cut.inputs])
     prior = torch.zeros(1, len(stay), seen.targets.shape[1], dtype=torch.float64, device=x.device)
     prior[0, range(len(stay)), stay] = 1.0
     fit = ridge(rows[None], seen.targets[None], prior, centred=shift or slim.bias is not None)
-    rest = torch.tensor(_others(whole.shape[outs], cut.outputs), device=x.device)
+    rest = torch.tensor(others(whole.shape[outs], cut.outputs), device=x.device)
     kernel = whole.index_select(outs, rest).double().movedim((outs, ins), (0, 1))
     kernel = kernel.reshape(kernel.shape[0], seen.targets.shape[1], -1)
     moved = torch.einsum("oct,kc->okt", kernel, fit.weight[0])

@@ -20,7 +20,7 @@ class Survey:
     bytes_per_image: float = 0.0
     """The largest activation."""
     behind: dict[str, str] = field(default_factory=dict)
-    """Consumer → the BN that its output goes straight into."""
+    """Consumer → the BN that its output goes straight into, and no other's does."""
     positions: dict[str, int] = field(default_factory=dict)
     """Linear layer → positions per channel of the map that was flattened into it."""
     constants: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -44,6 +44,7 @@ def survey(model: nn.Module, images: Tensor) -> Survey:
     found = Survey()
     makers: dict[int, tuple[str, Tensor]] = {}
     maps: dict[int, int] = {}
+    feeders: dict[str, set[str]] = {}
 
     def leave(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, out: Any) -> None:
@@ -62,8 +63,7 @@ def survey(model: nn.Module, images: Tensor) -> Survey:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if isinstance(module, _BN):
                 maker, out = makers.get(id(inputs[0]), ("", None))
-                if out is inputs[0]:
-                    found.behind[maker] = name
+                feeders.setdefault(name, set()).add(maker if out is inputs[0] else "")
             elif is_consumer(module):
                 _see_inputs(found, name, module, inputs[0], maps)
 
@@ -73,6 +73,8 @@ def survey(model: nn.Module, images: Tensor) -> Survey:
     with torch.no_grad():
         before = [(name, enter(name)) for name in names]
         run(model, images, before=before, after=[(name, leave(name)) for name in names])
+    only = {name: next(iter(who)) for name, who in feeders.items() if len(who) == 1}
+    found.behind = {maker: name for name, maker in only.items() if maker}
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nampruner.plan import LayerRecovery, PruningPlan
 from nampruner.progress import Bar, Progress, Silent
-from nampruner.recovery.refit import Cut, Memory, refit, remember
+from nampruner.recovery.refit import Cut, Memory, others, refit, remember
 from nampruner.recovery.rows import features_per_channel, is_consumer, is_linear, sides
 from nampruner.recovery.survey import Survey, run, survey
 
@@ -33,6 +33,8 @@ class _Walk:
     bar: Bar
     memory: dict[str, Memory | None] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, list[Tensor]] = field(default_factory=dict)
+    """BN → in the original, of the channels that stay [C']: mean and variance seen, and kept."""
     done: list[LayerRecovery] = field(default_factory=list)
     downstream: bool = False
     """Whether anything before this point of the slim network has changed."""
@@ -67,9 +69,10 @@ def recover(
         seen = survey(model.eval(), given[0][:1].to(device))
         images = torch.cat(given)[: _affordable(seen)].to(device)
         walk = _Walk(model, slim.eval(), plan, seen, bar)
-        run(model, images, after=[(name, _watch(walk, name)) for name in names])
+        watched = [(name, _watch(walk, name)) for name in names]
+        run(model, images, after=watched + [(name, _observe(walk, name)) for name in norms])
         fits = [(name, _fit(walk, name)) for name in names]
-        run(slim, images, before=fits + [(name, _calibrate(walk)) for name in norms])
+        run(slim, images, before=fits + [(name, _calibrate(walk, name)) for name in norms])
     for module in training:
         module.training = True
     return tuple(walk.done)
@@ -127,12 +130,38 @@ def _verdict(worst: float) -> Literal["exact", "bounded", "lossy"]:
     return "bounded" if worst <= 0.1 else "lossy"
 
 
-def _calibrate(walk: _Walk) -> Callable[..., None]:
+def _observe(walk: _Walk, name: str) -> Callable[..., None]:
+    gone = walk.plan.removed.get(f"{name}.running_mean", {}).get(0, [])
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        walk.calls[name] = walk.calls.get(name, 0) + 1
+        if isinstance(module.running_mean, Tensor) and isinstance(module.running_var, Tensor):
+            now = (*_moments(inputs[0]), module.running_mean, module.running_var)
+            walk.statistics[name] = [t[others(t.shape[0], gone)].double() for t in now]
+
+    return hook
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x.double(), [d for d in range(x.dim()) if d != 1])
+    return mean, var
+
+
+def _calibrate(walk: _Walk, name: str) -> Callable[..., None]:
+    """The original's statistics, moved as far as what reaches the BN has moved.
+
+    Where nothing moved they stay what they were, however few the images are.
+    """
+
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if walk.downstream and isinstance(module.running_mean, Tensor):
-            x = inputs[0].double()
-            var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1])
-            module.running_mean.copy_(mean)
-            module.running_var.copy_(var)  # type: ignore[operator]
+        # one BN for two places would need two statistics: it keeps what it has
+        if not walk.downstream or name not in walk.statistics or walk.calls[name] > 1:
+            return
+        mean, var = _moments(inputs[0])
+        was, varied, running_mean, running_var = walk.statistics[name]
+        eps: float = module.eps  # type: ignore[assignment]
+        moved = (running_var + eps) * (var + eps) / (varied + eps) - eps
+        module.running_mean.copy_(running_mean + mean - was)  # type: ignore[operator]
+        module.running_var.copy_(moved.clamp_min(0))  # type: ignore[operator]
 
     return hook
