@@ -29,7 +29,7 @@ from nampruner.config import DataOptions, PenaltyOptions, TrainOptions
 from nampruner.data import Data, load_data
 from nampruner.models import build
 from nampruner.nam import attach_nam
-from nampruner.penalty import SparsityPenalty
+from nampruner.penalty import SparsityPenalty, fitting_strength
 from nampruner.pruning import prune
 from nampruner.training import FitSettings, evaluate, fit
 
@@ -75,9 +75,11 @@ def trained(setting: Setting, data: Data, epochs: int, cache: Path) -> nn.Module
 def _penalty(model: nn.Module, setting: Setting, steps: int) -> SparsityPenalty | None:
     if not setting.nam:
         return None
-    options = PenaltyOptions()
+    options, training = PenaltyOptions(), TrainOptions()
     warmup = round(options.penalty_warmup * steps)
-    return SparsityPenalty(model, options.strength, method=options.penalty, warmup_steps=warmup)
+    mean_lr, momentum = training.lr / 2, training.momentum
+    strength = fitting_strength(mean_lr, steps - warmup / 2, momentum=momentum)
+    return SparsityPenalty(model, strength, method=options.penalty, warmup_steps=warmup)
 
 
 OURS = {
