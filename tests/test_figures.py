@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from nampruner.figures import (
     layer_histograms,
+    recovered,
     save,
     scale_factor_histogram,
     svg,
@@ -20,7 +21,7 @@ from nampruner.figures import (
 )
 from nampruner.figures.factors import edges, magnitudes
 from nampruner.figures.style import shortened
-from nampruner.plan import Achieved, LayerPlan, PruningPlan, Request, Size
+from nampruner.plan import Achieved, LayerPlan, LayerRecovery, PruningPlan, Request, Size
 
 DENSE = {
     "layer1.bn": np.array([0.0, 0.0, 0.5, -1.0, 1e-3]),
@@ -226,3 +227,15 @@ def test_the_two_colours_differ_in_grey_too() -> None:
 def test_shortening_keeps_the_end() -> None:
     assert shortened("abcdef", 6) == "abcdef"
     assert shortened("abcdefg", 6) == "…cdefg"
+
+
+def test_recovery_is_drawn_layer_by_layer() -> None:
+    layers = [
+        LayerRecovery(layer=f"layer{i}.conv", removed=8, explained=share, method="taps")
+        for i, share in enumerate((0.5, 1.0))
+    ]
+    axes = recovered(layers).axes[0]
+    assert "75 %" in axes.get_title(loc="left")
+    widths = [patch.get_width() for patch in axes.patches]
+    assert widths == [100.0, 100.0, 50.0, 100.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["layer0.conv", "layer1.conv"]

@@ -306,3 +306,77 @@ def test_consumers_add_up() -> None:
     assert order.tolist() == [0, 2, 1]
     assert costs.tolist() == pytest.approx([2, 3, 6])
     assert list(itertools.accumulate(costs))[-1] == pytest.approx(11)
+
+
+# -- how much per layer ----------------------------------------------------------------------------
+
+
+def smooth(count: int, shape: tuple[int, ...]) -> Tensor:
+    """Images that span few dimensions, as real ones do."""
+    return torch.einsum("nk,k...->n...", torch.randn(count, 3), torch.randn(3, *shape))
+
+
+def test_reconstruction_removes_what_the_others_know() -> None:
+    model = lively(ZOO["chain"].make()).eval()
+    with torch.no_grad():  # the second half of the first layer repeats the first half
+        convolution = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        half = convolution.out_channels // 2
+        for tensor in (convolution.weight, norm.weight, norm.bias):
+            tensor[half:] = tensor[:half]
+        for buffer in (norm.running_mean, norm.running_var):
+            buffer[half:] = buffer[:half]
+    data = [torch.randn(256, *image().shape[1:])]
+    by_error = {"importance": "reconstruction", "allocation": "error", "round_to": 1}
+    result = prune(model, image(), macs="75%", data=data, **by_error)
+    assert result.certificate.output_error_cut is not None
+    assert result.certificate.output_error_recovered is not None
+    assert result.certificate.output_error_cut > 0.05
+    assert result.certificate.output_error_recovered < 0.01
+
+
+def test_error_allocation_spends_where_it_costs_least() -> None:
+    model = lively(ZOO["residual_projection"].make()).eval()
+    data = [smooth(128, tuple(image().shape[1:]))]
+    errors = {}
+    for allocation in ("uniform", "error"):
+        result = prune(
+            model,
+            image(),
+            macs="50%",
+            round_to=1,
+            data=data,
+            importance="reconstruction",
+            allocation=allocation,
+        )
+        assert 0.5 <= result.plan.achieved.macs < 0.56
+        errors[allocation] = result.certificate.output_error_recovered
+    assert errors["error"] is not None
+    assert errors["uniform"] is not None
+    assert errors["error"] <= errors["uniform"] * 1.5
+
+
+def test_a_norm_with_two_feeders_is_not_shifted_for_one() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1, bias=False)
+            self.bn = nn.BatchNorm2d(8)
+            self.left = nn.Conv2d(8, 5, 1, bias=False)
+            self.right = nn.Conv2d(3, 5, 1, bias=False)
+            self.norm = nn.BatchNorm2d(5)
+            self.head = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left = self.norm(self.left(torch.relu(self.bn(self.conv(x)))))
+            return self.head((left - self.norm(self.right(x))).mean((2, 3)))
+
+    model = lively(Shared()).eval()
+    with torch.no_grad():
+        model.bn.weight[:3] = 0.0
+        model.bn.bias[:3] = 0.9
+    x = torch.randn(4, 3, 8, 8)
+    plan = plan_pruning(model, x, ratio=3 / 13, round_to=1, importance=first_channels)
+    slim = cut(model, plan)
+    assert fold_constants(slim, model, plan, x) == ()
+    assert torch.equal(slim.norm.running_mean, model.norm.running_mean)
