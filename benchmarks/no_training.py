@@ -211,6 +211,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--network", choices=list(NETWORKS), help="only this one")
+    parser.add_argument("--nam", action="store_true", help="only with NAM and penalty")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=20_000)
@@ -224,7 +226,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = images(options.images)
     seeds = range(options.seeds)
-    settings = [Setting(n, nam, s) for nam in (True, False) for s in seeds for n in NETWORKS]
+    networks = [options.network] if options.network else list(NETWORKS)
+    ways = (True,) if options.nam else (True, False)
+    settings = [Setting(n, nam, s) for nam in ways for s in seeds for n in networks]
     rows: list[dict[str, Any]] = []
     for setting in settings:
         if options.train_only:
