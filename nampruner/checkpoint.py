@@ -24,7 +24,7 @@ from nampruner.errors import CheckpointError
 from nampruner.lineage import Lineage, lineage, remember
 from nampruner.nam import attach_sites
 from nampruner.plan import Certificate, Record
-from nampruner.surgery import apply_cuts, literal, set_literal
+from nampruner.surgery import add_bias, apply_cuts, literal, set_literal
 
 WEIGHTS = "model.safetensors"
 RECORD = "nampruner.json"
@@ -182,8 +182,11 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _cut_again(model: nn.Module, origin: Lineage) -> None:
     """Apply every recorded plan, and give attributes their recorded values."""
-    for plan in origin.plans:
+    for count, plan in enumerate(origin.plans, start=1):
         apply_cuts(model, plan.removed)
+        for bias in origin.biases:
+            if bias.after == count:
+                add_bias(model.get_submodule(bias.module))
     modules = dict(model.named_modules())
     for path, values in origin.attributes.items():
         for name, value in values.items():

@@ -144,6 +144,8 @@ class RecoveryOptions(Options):
 
     recover: bool = True
     """Recalibrate and fold after the cut."""
+    allow_bias: bool = False
+    """Let recovery add a bias where a layer has none and no BN follows."""
     calibration: Positive = 1024
     """Training images, without labels, that recovery may look at."""
 

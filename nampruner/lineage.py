@@ -28,6 +28,13 @@ class NamSite(Record):
     gain: float = 1.0
 
 
+class AddedBias(Record):
+    """A bias that recovery added to a layer after so many plans."""
+
+    module: str
+    after: int
+
+
 class Lineage(Record):
     """The recipe of an architecture: source, NAM sites, widths changed since."""
 
@@ -38,6 +45,7 @@ class Lineage(Record):
     nam: tuple[NamSite, ...] = ()
     attributes: dict[str, dict[str, Literals]] = Field(default_factory=dict)
     """Module → attribute → value, for every integer attribute that surgery changed."""
+    biases: tuple[AddedBias, ...] = ()
     plans: tuple[PruningPlan, ...] = ()
     """Every plan applied so far, oldest first."""
 

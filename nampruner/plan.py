@@ -85,6 +85,8 @@ class LayerRecovery(Record):
     """Held-out outputs (affine: inputs) off by at most 1e-5, at most 0.1, or more."""
     bound: float = 0.0
     """Largest error on held-out positions, in standard deviations."""
+    units: dict[Literal["exact", "bounded", "lossy"], int] = Field(default_factory=dict)
+    """The same of each removed input: how far what stays predicts it."""
 
 
 class Certificate(Record):

@@ -215,6 +215,7 @@ def restore(
     batches: Sequence[Tensor],
     *,
     corrected: bool = True,
+    allow_bias: bool = False,
     progress: Progress | None = None,
 ) -> Cut:
     """Recover the slim model in place, and let the certificate say what cut and recovery cost.
@@ -229,7 +230,9 @@ def restore(
     facts: dict[str, Any] = {"output_error_cut": error, "top1_agreement_cut": agreement}
     if corrected:
         seen = [images[: len(images) - len(images) // 8]]
-        facts["layers"] = recover(result.model, model, result.plan, seen, progress=progress)
+        facts["layers"] = recover(
+            result.model, model, result.plan, seen, allow_bias=allow_bias, progress=progress
+        )
         error, agreement = cost_of(model, result.model, held)
         facts |= {"output_error_recovered": error, "top1_agreement_recovered": agreement}
     return replace(result, certificate=result.certificate.model_copy(update=facts))

@@ -165,6 +165,14 @@ def replace_tensor(holders: list[tuple[nn.Module, str]], new: Tensor) -> None:
         store[key] = value  # type: ignore[assignment]
 
 
+def add_bias(module: nn.Module) -> None:
+    """Give a convolution or linear layer a bias of zeros, in place."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    transposed = isinstance(module, _TRANSPOSED)
+    size = weight.shape[1] * int(module.groups) if transposed else weight.shape[0]  # type: ignore[arg-type]
+    module.bias = nn.Parameter(weight.new_zeros(size), weight.requires_grad)
+
+
 def sync_shape(module: nn.Module) -> None:
     """Make the shape attributes of a standard layer say what its tensors are."""
     weight = getattr(module, "weight", None)

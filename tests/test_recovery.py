@@ -1,6 +1,7 @@
 """Least squares, rows, and the walk through a whole network."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO, image, lively
 
+from nampruner.checkpoint import load, save
 from nampruner.graph import DependencyGraph
 from nampruner.pruning import plan_pruning, prune, restore
 from nampruner.reconstruction import eliminate
@@ -380,3 +382,59 @@ def test_a_norm_with_two_feeders_is_not_shifted_for_one() -> None:
     slim = cut(model, plan)
     assert fold_constants(slim, model, plan, x) == ()
     assert torch.equal(slim.norm.running_mean, model.norm.running_mean)
+
+
+# -- added biases, and what becomes of each removed input ------------------------------------------
+
+
+class Bare(nn.Module):
+    """Neither a bias nor a BN behind the consumer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.consumer = nn.Conv2d(8, 6, 3, bias=False)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.consumer(torch.relu(self.conv(x)))).mean((2, 3)))
+
+
+def test_a_bias_is_added_only_where_it_is_allowed(tmp_path: Path) -> None:
+    model, x = Bare().eval(), torch.randn(4, 3, 12, 12)
+    with torch.no_grad():  # a constant channel: only a bias can say what it said
+        model.conv.weight[:3] = 0.0
+        model.conv.bias[:3] = 2.0
+    data = [torch.randn(256, 3, 12, 12)]
+    errors = {}
+    for allowed in (False, True):
+        result = prune(model, x, ratio=3 / 14, round_to=1, importance=first_channels)
+        found = restore(result, model, data, allow_bias=allowed)
+        errors[allowed] = found.certificate.output_error_recovered
+        assert (found.model.consumer.bias is not None) is allowed
+    assert errors[True] is not None
+    assert errors[False] is not None
+    assert errors[True] < 1e-4 < errors[False]
+    save(found.model, tmp_path / "slim")
+    again = load(tmp_path / "slim", model=Bare())
+    assert torch.equal(again(x), found.model(x))
+    twice = prune(again, x, ratio=0.2, round_to=1, importance="magnitude").model
+    save(twice, tmp_path / "twice")
+    assert torch.equal(load(tmp_path / "twice", model=Bare())(x), twice.eval()(x))
+
+
+def test_each_removed_input_is_judged() -> None:
+    model = lively(Chain(norm=True)).eval()
+    with torch.no_grad():  # channel 0 repeats channel 7, channel 1 says nothing new, 2 is its own
+        for tensor in (model.conv.weight, model.bn.weight, model.bn.bias):
+            tensor[0] = tensor[7]
+        for buffer in (model.bn.running_mean, model.bn.running_var):
+            buffer[0] = buffer[7]
+        model.bn.weight[1] = 0.0
+        model.bn.bias[1] = 0.5
+    x = torch.randn(4, 3, 12, 12)
+    data = [torch.randn(256, 3, 12, 12)]
+    result = prune(model, x, ratio=3 / 13, round_to=1, importance=first_channels, data=data)
+    row = next(row for row in result.certificate.layers if row.layer == "consumer")
+    assert row.removed == 3
+    assert row.units == {"exact": 2, "lossy": 1}

@@ -115,6 +115,7 @@ def prune(job: Job, dense: Loaded, out: Path) -> None:
         dense.model,
         job.calibration(),
         corrected=job.recipe.recover,
+        allow_bias=job.recipe.allow_bias,
         progress=job.progress,
     )
     if job.recipe.recover:

@@ -24,8 +24,13 @@ class Fit:
     """[g, o]"""
     explained: float
     """Share of what the prior misses that is given back, on rows not used in the fit."""
-    worst: float
-    """Largest error left on those rows, over the targets' standard deviation."""
+    errors: Tensor
+    """Largest error left on those rows, over the target's standard deviation [g, o]."""
+
+    @property
+    def worst(self) -> float:
+        """The largest of the errors."""
+        return float(self.errors.max()) if self.errors.numel() else 0.0
 
 
 def ridge(features: Tensor, targets: Tensor, prior: Tensor, *, centred: bool = True) -> Fit:
@@ -43,11 +48,12 @@ def ridge(features: Tensor, targets: Tensor, prior: Tensor, *, centred: bool = T
     spread = missed[:, half:] - first.mean_r.unsqueeze(1)
     total, scale = float(spread.square().sum()), float(y.square().sum())
     explained = max(0.0, 1.0 - float(left.square().sum()) / total) if total > 1e-24 * scale else 1.0
-    worst = float(left.abs().max() / y.std().clamp_min(1e-30)) if left.numel() else 0.0
+    spans = y.std(1).clamp_min(1e-6 * float(y.std().nan_to_num()) + 1e-30)
+    errors = left.abs().amax(1) / spans
     whole = _Moments.of(x, missed, centred=centred)
     change = whole.solve(strength)
     intercept = whole.mean_r - (whole.mean_x.unsqueeze(1) @ change).squeeze(1)
-    return Fit(w + change, intercept, explained, worst)
+    return Fit(w + change, intercept, explained, errors)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ stay; one map for all taps, so it needs far fewer rows, and it serves transposed
 flattened maps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,8 @@ from nampruner.recovery.rows import (
     sides,
 )
 
+_UNIT_ROWS = 2048
+"""Positions at which the removed inputs themselves are looked at."""
 _WIDEST = 2500
 """Features of a system; a wider one would cost more than it gives."""
 
@@ -44,12 +46,40 @@ class Memory:
     sites: Sites
     targets: Tensor
     """taps: outputs that stay [n, O']; affine: all inputs [n, C]."""
+    places: Sites | None = None
+    """Where the inputs that go were sampled; None in grouped layers."""
+    gone: Tensor | None = None
+    """These inputs [n, R]."""
 
 
 def remember(
     dense: nn.Module, slim: nn.Module, cut: Cut, x: Tensor, out: Tensor, each: int
 ) -> Memory | None:
     """Keep what the fit needs; None where neither way fits the layer."""
+    found = _fitting(dense, slim, cut, x, out, each)
+    if found is None or not cut.inputs or int(getattr(dense, "groups", 1)) > 1:
+        return found
+    channels = _channelled(dense, x, each)
+    places = Sites.sample(grid(nn.Identity(), channels), _UNIT_ROWS, seed=len(cut.inputs))
+    index = sorted({i // each for i in cut.inputs})
+    return replace(found, places=places, gone=places.of(nn.Identity(), channels)[:, index])
+
+
+def units(slim: nn.Module, seen: Memory, x: Tensor) -> Tensor | None:
+    """How far each removed input is from what those that stay say of it [R], in deviations.
+
+    The largest error on held-out positions of the best affine prediction.
+    """
+    if seen.places is None or seen.gone is None:
+        return None
+    kept = seen.places.of(nn.Identity(), _channelled(slim, x, seen.each))[None]
+    prior = torch.zeros(1, kept.shape[-1], seen.gone.shape[1], device=x.device)
+    return ridge(kept, seen.gone[None], prior).errors[0]
+
+
+def _fitting(
+    dense: nn.Module, slim: nn.Module, cut: Cut, x: Tensor, out: Tensor, each: int
+) -> Memory | None:
     weight: Tensor = slim.weight  # type: ignore[assignment]
     groups = int(getattr(dense, "groups", 1))
     features = weight[0].numel()
@@ -125,6 +155,6 @@ def _affine(
     shape = weight.movedim((outs, ins), (0, 1)).shape
     weight.copy_(moved.reshape(shape).movedim((0, 1), (outs, ins)))
     if isinstance(slim.bias, Tensor):
-        bias: Tensor = dense.bias  # type: ignore[assignment]
-        slim.bias.copy_(bias[rest] + torch.einsum("oct,c->o", kernel, fit.intercept[0]))
+        old = dense.bias[rest] if isinstance(dense.bias, Tensor) else 0.0
+        slim.bias.copy_(old + torch.einsum("oct,c->o", kernel, fit.intercept[0]))
     return fit

@@ -6,6 +6,7 @@ before it computes: it sees inputs that all consumers before it have already cor
 not pile up. Each BN gets the statistics of what reaches it. Labels are never needed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,11 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nampruner.lineage import AddedBias, lineage
+from nampruner.lineage import remember as note
 from nampruner.plan import LayerRecovery, PruningPlan
 from nampruner.progress import Bar, Progress, Silent
-from nampruner.recovery.refit import Cut, Memory, others, refit, remember
+from nampruner.recovery.refit import Cut, Memory, others, refit, remember, units
 from nampruner.recovery.rows import features_per_channel, is_consumer, is_linear, sides
 from nampruner.recovery.survey import Survey, run, survey
+from nampruner.surgery import add_bias
 
 _BN = nn.modules.batchnorm._BatchNorm
 _BUDGET_BYTES = 1.2e9
@@ -31,11 +35,14 @@ class _Walk:
     plan: PruningPlan
     seen: Survey
     bar: Bar
+    allow_bias: bool
     memory: dict[str, Memory | None] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     statistics: dict[str, list[Tensor]] = field(default_factory=dict)
     """BN → in the original, of the channels that stay [C']: mean and variance seen, and kept."""
     done: list[LayerRecovery] = field(default_factory=list)
+    biased: list[str] = field(default_factory=list)
+    """Consumers that were given a bias."""
     downstream: bool = False
     """Whether anything before this point of the slim network has changed."""
 
@@ -51,6 +58,7 @@ def recover(
     plan: PruningPlan,
     batches: Iterable[Tensor],
     *,
+    allow_bias: bool = False,
     progress: Progress | None = None,
 ) -> tuple[LayerRecovery, ...]:
     """Correct `slim` in place so that it computes what `model` computes, without training.
@@ -58,7 +66,7 @@ def recover(
     `batches` are inputs [N, C, H, W] without labels. They are walked as one batch, of as many
     images as fit into about 1.2 GB of activations. Returns how well each consumer that lost inputs
     is re-expressed. A constant goes into a consumer's bias or the BN behind it; where there is
-    neither, none is fitted.
+    neither, none is fitted, unless `allow_bias` lets a bias be added.
     """
     training = [m for net in (slim, model) for m in net.modules() if m.training]
     names = [name for name, module in slim.named_modules() if is_consumer(module)]
@@ -68,14 +76,23 @@ def recover(
         device = next(model.parameters()).device
         seen = survey(model.eval(), given[0][:1].to(device))
         images = torch.cat(given)[: _affordable(seen)].to(device)
-        walk = _Walk(model, slim.eval(), plan, seen, bar)
+        walk = _Walk(model, slim.eval(), plan, seen, bar, allow_bias)
         watched = [(name, _watch(walk, name)) for name in names]
         run(model, images, after=watched + [(name, _observe(walk, name)) for name in norms])
         fits = [(name, _fit(walk, name)) for name in names]
         run(slim, images, before=fits + [(name, _calibrate(walk, name)) for name in norms])
     for module in training:
         module.training = True
+    _record_biases(slim, walk.biased)
     return tuple(walk.done)
+
+
+def _record_biases(slim: nn.Module, names: list[str]) -> None:
+    """A checkpoint must know which layers have a bias that their architecture has not."""
+    if names:
+        history = lineage(slim)
+        added = tuple(AddedBias(module=name, after=len(history.plans)) for name in names)
+        note(slim, biases=(*history.biases, *added))
 
 
 def _affordable(seen: Survey) -> int:
@@ -108,6 +125,10 @@ def _fit(walk: _Walk, name: str) -> Callable[..., None]:
         # a module that runs twice would need one weight for two places: it keeps the cut one
         if seen is None or not walk.downstream or walk.calls[name] > 1:
             return
+        if walk.allow_bias and module.bias is None and name not in walk.seen.behind:
+            add_bias(module)
+            walk.biased.append(name)
+        errors = units(module, seen, inputs[0])
         fit = refit(dense, module, cut, seen, inputs[0], shift=name in walk.seen.behind)
         if cut.inputs:
             walk.done.append(
@@ -118,6 +139,7 @@ def _fit(walk: _Walk, name: str) -> Callable[..., None]:
                     method=seen.method,
                     verdict=_verdict(fit.worst),
                     bound=fit.worst,
+                    units={} if errors is None else Counter(map(_verdict, errors.tolist())),
                 )
             )
 
