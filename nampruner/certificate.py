@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from nampruner.errors import CertificateError, GraphError
 from nampruner.graph import call_model
+from nampruner.modes import evaluating
 from nampruner.plan import Certificate, PruningPlan
 from nampruner.surgery import cut
 
@@ -156,17 +157,12 @@ def cost_of(model: nn.Module, slim: nn.Module, batches: Iterable[Tensor]) -> tup
     `batches` are inputs [N, C, H, W]; outputs are logits [N, classes] (of several, the first).
     """
     missed = norm = same = total = 0.0
-    training = [m for net in (model, slim) for m in net.modules() if m.training]
     device = next(model.parameters()).device
-    model.eval()
-    slim.eval()
-    with torch.no_grad():
+    with evaluating(model, slim), torch.no_grad():
         for batch in batches:
             a, b = (_tensors(net(batch.to(device)))[0].double() for net in (model, slim))
             missed += float((a - b).square().sum())
             norm += float(a.square().sum())
             same += float((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).sum())
             total += a.shape[0]
-    for module in training:
-        module.training = True
     return (missed / max(norm, 1e-30)) ** 0.5, same / max(total, 1)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nampruner.errors import NamPrunerError
 from nampruner.graph import DependencyGraph
+from nampruner.modes import evaluating
 from nampruner.nam import ChannelNAM
 from nampruner.reconstruction import reconstruction
 
@@ -117,20 +118,17 @@ def taylor(model: nn.Module, graph: DependencyGraph, batches: Batches | None) ->
 def _gradients(model: nn.Module, batches: Batches) -> dict[Tensor, Tensor]:
     parameters: list[Tensor] = [p for p in model.parameters() if p.dim() > 1]
     total = {p: torch.zeros_like(p) for p in parameters}
-    modes = {module: module.training for module in model.modules()}
     flags = [p.requires_grad for p in parameters]
-    model.eval()
     for p in parameters:
         p.requires_grad_(True)
     try:
-        for inputs, targets in batches:
-            loss = F.cross_entropy(model(inputs), targets)
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for p, grad in zip(parameters, grads, strict=True):
-                total[p] += 0 if grad is None else grad
+        with evaluating(model):
+            for inputs, targets in batches:
+                loss = F.cross_entropy(model(inputs), targets)
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for p, grad in zip(parameters, grads, strict=True):
+                    total[p] += 0 if grad is None else grad
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for p, flag in zip(parameters, flags, strict=True):
             p.requires_grad_(flag)
     return total

@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from nampruner import modes
 from nampruner.errors import NamPrunerError
 from nampruner.plan import Latency
 from nampruner.progress import Progress, Silent
@@ -90,15 +91,8 @@ def _check_input(slot: Any, array: Array) -> None:
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Put modules in eval mode without gradients, and every part back as it was."""
-    before = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in before:
-            part.training = training
+    with modes.evaluating(*modules), torch.no_grad():
+        yield
 
 
 def device_of(module: nn.Module) -> torch.device:

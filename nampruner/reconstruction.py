@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from nampruner.errors import NamPrunerError
 from nampruner.graph import DependencyGraph, UnitGroup
+from nampruner.modes import evaluating
 
 _ROWS = 4096
 """Positions sampled per batch and consumer."""
@@ -128,7 +129,6 @@ def _watch(
     model: nn.Module, graph: DependencyGraph, batches: Iterable[Tensor] | None
 ) -> dict[str, _Seen]:
     seen = {name: _Seen(units) for name, units in _consumers(model, graph).items()}
-    training = [module for module in model.modules() if module.training]
     handles = [
         model.get_submodule(name).register_forward_hook(_hook(entry))
         for name, entry in seen.items()
@@ -137,18 +137,16 @@ def _watch(
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
     try:
-        model.eval()
-        for batch in batches or ():
-            images = batch.to(device, copy=True).requires_grad_(True)
-            out = next(t for t in tree_flatten(model(images))[0] if t.is_floating_point())
-            probe = torch.randn(out.shape, generator=generator).to(out)
-            torch.autograd.backward((out * probe).sum(), inputs=[images])
-            count += 1
+        with evaluating(model):
+            for batch in batches or ():
+                images = batch.to(device, copy=True).requires_grad_(True)
+                out = next(t for t in tree_flatten(model(images))[0] if t.is_floating_point())
+                probe = torch.randn(out.shape, generator=generator).to(out)
+                torch.autograd.backward((out * probe).sum(), inputs=[images])
+                count += 1
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     if not count:
         raise NamPrunerError("importance reconstruction needs inputs; pass `batches`")
     return seen

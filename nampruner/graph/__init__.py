@@ -22,6 +22,7 @@ from nampruner.errors import GraphError
 from nampruner.graph.graph import DependencyGraph, UnitGroup, build
 from nampruner.graph.rules import RULES
 from nampruner.graph.tracer import Call, Rule, Tracer
+from nampruner.modes import evaluating
 
 __all__ = ["Call", "DependencyGraph", "Rule", "UnitGroup", "call_model", "channelwise", "trace"]
 
@@ -70,7 +71,7 @@ def trace(
     tensors = _tensors(example_inputs, "takes")
     tracer = Tracer(model, RULES, _CHANNELWISE, tensors[0].shape[0] if tensors[0].dim() else 1)
     run = partial(_run, tracer, model, example_inputs, forward or call_model)
-    with _modes(model), _no_fast_path():
+    with evaluating(model), _no_fast_path():
         run(training=False)
         unreached = _unreached(model, tracer)
         if unreached:
@@ -134,17 +135,6 @@ def _trace_training(
         with torch.no_grad():
             for buffer, old in buffers:
                 buffer.copy_(old)
-
-
-@contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
-    """Leave every module in the mode in which it was."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextmanager

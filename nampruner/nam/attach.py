@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from nampruner.errors import NamPrunerError, did_you_mean
 from nampruner.lineage import NamSite, lineage, remember
-from nampruner.nam.branches import ForwardRecord, Inputs, call, evaluating, record_forward
+from nampruner.modes import evaluating
+from nampruner.nam.branches import ForwardRecord, Inputs, call, record_forward
 from nampruner.nam.module import NAM, ChannelNAM, Parts, SpatialNAM, nam_modules
 
 _CHILD = "nam"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nampruner.modes import evaluating
 from nampruner.plan import PruningPlan
 from nampruner.recovery.rows import has_taps, is_consumer
 from nampruner.recovery.survey import survey
@@ -28,10 +29,8 @@ def fold_constants(
     generator = torch.Generator().manual_seed(0)
     shape = (4, *example_inputs.shape[1:])
     noise = torch.randn(shape, generator=generator).to(example_inputs)
-    training = [m for m in model.modules() if m.training]
-    seen = survey(model.eval(), noise)
-    for module in training:
-        module.training = True
+    with evaluating(model):
+        seen = survey(model, noise)
     changed = []
     for name, (values, same) in seen.constants.items():
         gone = plan.removed.get(f"{name}.weight", {})

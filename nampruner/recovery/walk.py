@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nampruner.lineage import AddedBias, lineage
 from nampruner.lineage import remember as note
+from nampruner.modes import evaluating
 from nampruner.plan import LayerRecovery, PruningPlan
 from nampruner.progress import Bar, Progress, Silent
 from nampruner.recovery.refit import Cut, Memory, others, refit, remember, units
@@ -68,21 +69,19 @@ def recover(
     is re-expressed. A constant goes into a consumer's bias or the BN behind it; where there is
     neither, none is fitted, unless `allow_bias` lets a bias be added.
     """
-    training = [m for net in (slim, model) for m in net.modules() if m.training]
     names = [name for name, module in slim.named_modules() if is_consumer(module)]
     norms = [name for name, module in slim.named_modules() if isinstance(module, _BN)]
-    with (progress or Silent()).bar("recover", len(names)) as bar, torch.no_grad():
+    shown = (progress or Silent()).bar("recover", len(names))
+    with shown as bar, evaluating(slim, model), torch.no_grad():
         given = list(batches)
         device = next(model.parameters()).device
-        seen = survey(model.eval(), given[0][:1].to(device))
+        seen = survey(model, given[0][:1].to(device))
         images = torch.cat(given)[: _affordable(seen)].to(device)
-        walk = _Walk(model, slim.eval(), plan, seen, bar, allow_bias)
+        walk = _Walk(model, slim, plan, seen, bar, allow_bias)
         watched = [(name, _watch(walk, name)) for name in names]
         run(model, images, after=watched + [(name, _observe(walk, name)) for name in norms])
         fits = [(name, _fit(walk, name)) for name in names]
         run(slim, images, before=fits + [(name, _calibrate(walk, name)) for name in norms])
-    for module in training:
-        module.training = True
     _record_biases(slim, walk.biased)
     return tuple(walk.done)
 
