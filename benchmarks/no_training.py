@@ -5,7 +5,7 @@ without NAM + proximal penalty, then cut to 1/2 and 1/4 of their MACs by namprun
 run, by torch-pruning's importances (each as it is, and with BN recalibration, to be fair).
 
     python benchmarks/no_training.py            # trains what is not cached, then measures
-    python benchmarks/no_training.py --quick    # a minute: one seed, two epochs, fewer images
+    python benchmarks/no_training.py --quick    # a minute: does it run? one small network, 1/2 only
 """
 
 import argparse
@@ -39,6 +39,18 @@ NETWORKS = {
 }
 TARGETS = {"2x": "50%", "4x": "25%"}
 TP = ("BNScale", "GroupMagnitude", "Magnitude", "Taylor", "LAMP", "FPGM", "Random")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is measured of one trained network."""
+
+    targets: tuple[str, ...] = tuple(TARGETS)
+    theirs: tuple[str, ...] = TP
+    calibration: int = 1024
+
+
+QUICK = Scope(targets=("2x",), theirs=("BNScale", "Magnitude"), calibration=256)
 
 
 @dataclass(frozen=True)
@@ -138,11 +150,13 @@ def recalibrated(model: nn.Module, calibration: list[Tensor]) -> nn.Module:
     return model.eval()
 
 
-def measure(setting: Setting, data: Data, epochs: int, cache: Path) -> list[dict[str, Any]]:
+def measure(
+    setting: Setting, data: Data, epochs: int, cache: Path, scope: Scope
+) -> list[dict[str, Any]]:
     """All rows of one trained network."""
     model = trained(setting, data, epochs, cache)
     rows: list[dict[str, Any]] = []
-    calibration = list(data.calibration(1024))
+    calibration = list(data.calibration(scope.calibration))
 
     def add(target: str, method: str, accuracy: float, **more: Any) -> None:
         rows.append({**setting.__dict__, "target": target, "method": method,
@@ -150,14 +164,15 @@ def measure(setting: Setting, data: Data, epochs: int, cache: Path) -> list[dict
         print(f"  {setting.name:<28} {target:<5} {method:<34} {100 * accuracy:6.2f}", flush=True)
 
     add("dense", "dense", evaluate(model, data.test).accuracy)
-    for target, macs in TARGETS.items():
+    for target in scope.targets:
+        macs = TARGETS[target]
         for name, how in OURS.items():
             start = time.perf_counter()
             cut = ours(model, data, macs, calibration, how)
             seconds = time.perf_counter() - start
             accuracy = evaluate(cut.model, data.test).accuracy
             add(target, name, accuracy, macs=cut.plan.achieved.macs, seconds=seconds)
-        for method in TP:
+        for method in scope.theirs:
             try:
                 slim = theirs(model, data, float(macs[:-1]) / 100, method)
                 add(target, f"torch-pruning {method}", evaluate(slim, data.test).accuracy)
@@ -190,20 +205,28 @@ def _cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def images(count: int) -> Data:
-    """Fashion-MNIST with the first `count` training images of a fixed permutation."""
+def images(count: int, tested: int | None = None, batch_size: int | None = None) -> Data:
+    """Fashion-MNIST with the first `count` training images of a fixed permutation.
+
+    Of the test images, the first `tested`, or all. Few images need small batches, or the running
+    statistics of the BN layers lag behind.
+    """
     data = load_data(DataOptions(data="fashion-mnist"), seed=0)
     order = torch.randperm(len(data.train.dataset), generator=torch.Generator().manual_seed(0))
     few = Subset(data.train.dataset, order[:count].tolist())
     train = DataLoader(
         few,
-        batch_size=data.train.batch_size,
+        batch_size=batch_size or data.train.batch_size,
         shuffle=True,
         collate_fn=data.train.collate_fn,
         generator=data.train.generator,
         drop_last=True,
     )
-    return replace(data, train=train)
+    if tested is None:
+        return replace(data, train=train)
+    some = Subset(data.test.dataset, range(tested))
+    test = DataLoader(some, batch_size=data.test.batch_size, collate_fn=data.test.collate_fn)
+    return replace(data, train=train, test=test)
 
 
 def main() -> None:
@@ -217,14 +240,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--cache", type=Path, default=Path("runs/no_training"))
-    parser.add_argument("--out", type=Path, default=Path("runs/no_training/results.json"))
+    parser.add_argument("--out", type=Path, help="default: runs/no_training/results.json")
     options = parser.parse_args()
+    scope, tested, batch_size, out = Scope(), None, None, Path("runs/no_training/results.json")
     if options.quick:
-        options.seeds, options.epochs, options.images = 1, 2, 4000
+        scope, tested, batch_size = QUICK, 1000, 32
+        options.seeds, options.epochs, options.images = 1, 2, 2000
+        options.network, options.nam = options.network or "resnet20", True
         options.cache = options.cache / "quick"
+        out = options.cache / "results.json"
     options.cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    data = images(options.images)
+    data = images(options.images, tested, batch_size)
     seeds = range(options.seeds)
     networks = [options.network] if options.network else list(NETWORKS)
     ways = (True,) if options.nam else (True, False)
@@ -238,10 +265,10 @@ def main() -> None:
             continue
         done = options.cache / f"{setting.name}.json"
         if not done.exists():
-            found = measure(setting, data, options.epochs, options.cache)
+            found = measure(setting, data, options.epochs, options.cache, scope)
             done.write_text(json.dumps(found, indent=1))
         rows += json.loads(done.read_text())
-    options.out.write_text(json.dumps(rows, indent=1))
+    (options.out or out).write_text(json.dumps(rows, indent=1))
     print(table(rows))
 
 

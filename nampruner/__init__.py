@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from nampruner.errors import NoEffectWarning as NoEffectWarning
     from nampruner.errors import ParityError as ParityError
     from nampruner.export import export_onnx as export_onnx
+    from nampruner.export import export_pt2 as export_pt2
+    from nampruner.export import export_python as export_python
     from nampruner.graph import DependencyGraph as DependencyGraph
     from nampruner.graph import channelwise as channelwise
+    from nampruner.graph import rule as rule
     from nampruner.graph import trace as trace
     from nampruner.importance import score as score
     from nampruner.latency import measure as measure
@@ -43,6 +46,7 @@ _CONTENTS: dict[str, str] = {
     # prune a model of your own
     "trace": "nampruner.graph",
     "channelwise": "nampruner.graph",
+    "rule": "nampruner.graph",
     "DependencyGraph": "nampruner.graph",
     "score": "nampruner.importance",
     "plan_pruning": "nampruner.pruning",
@@ -67,6 +71,8 @@ _CONTENTS: dict[str, str] = {
     "save": "nampruner.checkpoint",
     "load": "nampruner.checkpoint",
     "export_onnx": "nampruner.export",
+    "export_pt2": "nampruner.export",
+    "export_python": "nampruner.export",
     "measure": "nampruner.latency",
     # errors
     "NamPrunerError": "nampruner.errors",

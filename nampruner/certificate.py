@@ -6,12 +6,18 @@ the same with everything removed for real. In float64 they must agree to 1e-9.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._pytree import tree_flatten, tree_map
 
+from nampruner.baking import bake_again
 from nampruner.errors import CertificateError, GraphError
 from nampruner.graph import call_model
 from nampruner.modes import evaluating
@@ -42,10 +48,12 @@ def certify(
     run = forward or call_model
     inputs = tree_map(_double, example_inputs)
     dense = _exact(model)
+    bake_again(dense, plan.baked)
     error = _difference(_masked(dense, plan), _exact(slim), inputs, run)
     stirred = tree_map(_lively, inputs)
     if _stir(dense) or any(a is not b for a, b in zip(_flat(inputs), _flat(stirred), strict=True)):
-        error = max(error, _difference(_masked(dense, plan), cut(dense, plan), stirred, run))
+        pruned = cut(dense, plan)
+        error = max(error, _difference(_masked(dense, plan), pruned, stirred, run))
     if not error <= TOLERANCE:
         raise CertificateError(
             f"the cut is not exact: pruned and masked differ by {error:.1e} (relative), "
@@ -105,18 +113,19 @@ def _lively(value: Any) -> Any:
 
 def _difference(masked: nn.Module, slim: nn.Module, inputs: Any, run: Forward) -> float:
     """Largest |masked - pruned| over the largest |masked|, worst output; NaN counts as infinite."""
-    with torch.no_grad():
-        try:
-            wanted = _tensors(run(masked, copy.deepcopy(inputs)))
-        except Exception as error:
-            raise GraphError(
-                f"the network does not run in float64, in which a cut is certified: {error}; "
-                "let tensors made in its forward take the dtype of the input"
-            ) from error
-        try:
-            got = _tensors(run(slim, copy.deepcopy(inputs)))
-        except Exception as error:  # any failure of the slim network is the cut's fault
-            raise CertificateError(f"the pruned network does not run: {error}") from error
+    try:
+        wanted = _outputs(masked, inputs, run)
+    except Exception as error:
+        raise GraphError(
+            f"the network does not run in float64, in which a cut is certified: {error}; "
+            "let tensors made in its forward take the dtype of the input"
+        ) from error
+    try:
+        got = _outputs(slim, inputs, run)
+    except Exception as error:  # any failure of the slim network is the cut's fault
+        raise CertificateError(
+            f"the pruned network does not run: {error}", module=_stopped_in(slim, inputs, run)
+        ) from error
     if [t.shape for t in wanted] != [t.shape for t in got]:
         raise CertificateError("the pruned network returns other shapes than the original")
     worst = 0.0
@@ -126,21 +135,48 @@ def _difference(masked: nn.Module, slim: nn.Module, inputs: Any, run: Forward) -
     return worst
 
 
+def _outputs(model: nn.Module, inputs: Any, run: Forward) -> list[Tensor]:
+    with torch.no_grad():
+        return _tensors(run(model, copy.deepcopy(inputs)))
+
+
+def _stopped_in(model: nn.Module, inputs: Any, run: Forward) -> str:
+    """Path of the innermost module in which the network fails."""
+    paths, stack = {id(m): path for path, m in model.named_modules()}, [""]
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(paths.get(id(module), stack[-1]))
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        with suppress(Exception):
+            _outputs(model, inputs, run)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stack[-1]
+
+
 def _tensors(outputs: Any) -> list[Tensor]:
     return [t for t in tree_flatten(outputs)[0] if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def culprits(items: Sequence[T], holds: Callable[[Sequence[T]], bool]) -> list[T]:
+def culprits(
+    items: Sequence[T], holds: Callable[[Sequence[T]], bool], good: Iterable[T] = ()
+) -> list[T]:
     """The items at fault, by halving: those that fail alone, or together with what already holds.
 
-    `holds` tells whether cutting just these items is exact.
+    `holds` tells whether cutting just these items is exact; cutting the `good` ones is.
     """
-    good: list[T] = []
+    fine = list(good)
     bad: list[T] = []
 
     def search(part: Sequence[T]) -> None:
-        if holds([*good, *part]):
-            good.extend(part)
+        if holds([*fine, *part]):
+            fine.extend(part)
         elif len(part) == 1:
             bad.extend(part)
         else:

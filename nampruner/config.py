@@ -18,6 +18,7 @@ PenaltyMethod = Literal["proximal", "subgradient"]
 Importance = Literal["auto", "nam", "bn", "magnitude", "reconstruction", "taylor", "random"]
 Allocation = Literal["global", "uniform", "error"]
 Precision = Literal["no", "fp16", "bf16"]
+Format = Literal["onnx", "pt2", "python"]
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -37,7 +38,11 @@ class ModelOptions(Options):
     """Which network, and where NAM sits in it."""
 
     model: str = "resnet20"
-    """resnet20, resnet56, timm:NAME?key=value, torchvision:NAME or file.py:function."""
+    """resnet20, timm:NAME?key=value, torchvision:NAME, file.py:function or package.module:Class."""
+    weights: Path | None = None
+    """State dict to start from: a .safetensors, .pt or .pth file; without it, as built."""
+    weights_strict: bool = True
+    """Refuse --weights that do not fit; without it, what does not fit stays as built."""
     nam: Attention = "both"
     """Parts of NAM to attach: channel attention, spatial attention, both or none."""
     nam_at: tuple[str, ...] = ()
@@ -200,6 +205,10 @@ class EvaluateCommand(RuntimeOptions, DataOptions):
 
 class ExportCommand(RuntimeOptions, DataOptions, ExportOptions):
     """Everything `nampruner export` needs beside the checkpoint."""
+
+    # left out of what is merged into a recipe: `run` always writes ONNX
+    format: Annotated[Format, Field(exclude=True)] = "onnx"
+    """onnx, pt2 (a torch.export program) or python (weights and a model.py without nampruner)."""
 
 
 class BenchCommand(LatencyOptions):

@@ -232,13 +232,13 @@ def evaluated(value: "Evaluated") -> Table:
 
 
 def exported(value: "Exported") -> Table:
-    """Return an ONNX file and its proof."""
+    """Return an exported file or folder and its proof."""
     from nampruner.report import size
 
     parity = value.parity
     agreement = f"{100 * parity.top1_agreement:.2f} % of {parity.inputs}"
     row = (value.path, size(value.size_bytes), f"{parity.max_relative:.1e}", agreement)
-    return table("", "size", "apart (relative)", "top-1 agrees", rows=[row])
+    return table(value.format, "size", "apart (relative)", "top-1 agrees", rows=[row])
 
 
 def benchmark(value: "Benchmark") -> list[RenderableType]:

@@ -18,6 +18,11 @@ class GraphError(NamPrunerError):
 class CertificateError(NamPrunerError):
     """A cut changed what the network computes; the cut is refused."""
 
+    def __init__(self, message: str, *, module: str | None = None) -> None:
+        super().__init__(message)
+        self.module = module
+        """Where the pruned network stopped; None where it ran."""
+
 
 class CheckpointError(NamPrunerError):
     """A checkpoint folder is damaged, foreign or does not fit the model."""

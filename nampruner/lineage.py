@@ -43,6 +43,8 @@ class Lineage(Record):
     arguments: dict[str, Value] = Field(default_factory=dict)
     """What the source was called with: num_classes, in_channels, image_size."""
     nam: tuple[NamSite, ...] = ()
+    baked: tuple[str, ...] = ()
+    """Layers whose computed weight was made their parameter, see `nampruner.baking`."""
     attributes: dict[str, dict[str, Literals]] = Field(default_factory=dict)
     """Module → attribute → value, for every integer attribute that surgery changed."""
     biases: tuple[AddedBias, ...] = ()

@@ -71,22 +71,51 @@ class Repair(Record):
     after: int | tuple[int, ...]
 
 
+Verdict = Literal["exact", "bounded", "lossy"]
+
+
 class LayerRecovery(Record):
     """How well one consumer's removed inputs are re-expressed by what stays."""
 
     layer: str
     removed: int
     """Input channels removed from this consumer."""
-    explained: Annotated[float, Field(le=1.0)]
-    """Share of the variance of what was removed that recovery gives back."""
-    method: Literal["affine", "taps"]
-    """By its inputs, one map for all taps, or by its outputs, tap by tap (right at borders too)."""
-    verdict: Literal["exact", "bounded", "lossy"] = "lossy"
+    explained: Annotated[float, Field(le=1.0)] | None
+    """Share of the variance of what was removed that recovery gives back; None without data."""
+    method: Literal["taps", "affine", "constant", "none"]
+    """What was used.
+
+    - taps: a fit of its outputs, tap by tap; right at zero-padded borders too.
+    - affine: a fit of its inputs, one map for all taps; right where no padding is touched.
+    - constant: nothing that was removed ever varied; a constant stands for it.
+    - none: it keeps its cut weight, as it runs twice or is too wide to fit.
+    """
+    border: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of its output positions whose window touches zero padding."""
+    verdict: Verdict = "lossy"
     """Held-out outputs (affine: inputs) off by at most 1e-5, at most 0.1, or more."""
-    bound: float = 0.0
-    """Largest error on held-out positions, in standard deviations."""
-    units: dict[Literal["exact", "bounded", "lossy"], int] = Field(default_factory=dict)
+    bound: float | None = None
+    """Largest error on held-out positions, in standard deviations; None where none was fitted."""
+    units: dict[Verdict, int] = Field(default_factory=dict)
     """The same of each removed input: how far what stays predicts it."""
+
+
+class UnitVerdicts(Record):
+    """What becomes of the removed units of one group, by their index in the layer that makes them.
+
+    A unit's verdict is the worst of all its consumers. Each is asked how well the original's
+    channels that stay predict the one that goes, zeros of the padding included, on positions not
+    used in the fit, in standard deviations of the channel. (A grouped consumer answers for its
+    outputs instead.) Where all units are exact, so is the recovered network.
+    """
+
+    layer: str
+    exact: tuple[int, ...] = ()
+    """Constant and folded, or predicted to rounding: off by at most 1e-5, or read by nobody."""
+    bounded: dict[int, float] = Field(default_factory=dict)
+    """Off by at most this bound, which is at most 0.1."""
+    lossy: tuple[int, ...] = ()
+    """Off by more, or nobody can say: no data, or a consumer that cannot be fitted."""
 
 
 class Certificate(Record):
@@ -104,6 +133,20 @@ class Certificate(Record):
     top1_agreement_cut: float | None = None
     top1_agreement_recovered: float | None = None
     layers: tuple[LayerRecovery, ...] = ()
+    verdicts: dict[Verdict, int] = Field(default_factory=dict)
+    """How many of the removed units are exact, bounded and lossy, see `UnitVerdicts`."""
+    units: tuple[UnitVerdicts, ...] = ()
+    """The same unit by unit, one row per group of channels that lost any."""
+
+
+class FoldedGate(Record):
+    """One part of NAM at export: how far its gate is from a constant on calibration inputs."""
+
+    module: str
+    error: float
+    """‖y - k·x‖ / ‖y‖ with the best constant k per channel."""
+    constant: bool
+    """Whether it became that constant, in the layer before it."""
 
 
 class Parity(Record):
@@ -147,6 +190,10 @@ class PruningPlan(Record):
     masked: dict[str, dict[int, list[int]]]
     """The part of `removed` that consumes: zeroing it makes the masked network."""
     repairs: tuple[Repair, ...] = ()
+    baked: tuple[str, ...] = ()
+    """Layers whose computed weight becomes their parameter first, see `nampruner.baking`."""
+    certificate: Certificate | None = None
+    """What became of the plan, in the `plan.json` of a run."""
 
     def __str__(self) -> str:
         lines = [f"{'layer':<40} {'width':>13}  threshold"]

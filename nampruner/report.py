@@ -6,7 +6,7 @@
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -16,11 +16,13 @@ from nampruner.plan import (
     Achieved,
     Certificate,
     Latency,
+    LayerRecovery,
     Parity,
     PruneResult,
     PruningPlan,
     Request,
     RunResult,
+    Verdict,
 )
 
 if TYPE_CHECKING:
@@ -157,7 +159,16 @@ def certificate_rows(certificate: Certificate) -> list[tuple[str, str]]:
         ("top-1 agreement with dense after recovery", certificate.top1_agreement_recovered),
     ]
     found = [(label, percent(value)) for label, value in kept if value is not None]
-    return [("masked against pruned", exact), *found]
+    counts = certificate.verdicts
+    told = ", ".join(f"{counts[word]} {word}" for word in get_args(Verdict) if word in counts)
+    units = [("removed units", told)] if told else []
+    return [("masked against pruned", exact), *found, *units]
+
+
+def verdict(row: LayerRecovery) -> str:
+    """Write what became of a consumer: `exact`, `bounded by 0.031`, `lossy`."""
+    bound = f" by {row.bound:.2g}" if row.verdict == "bounded" and row.bound is not None else ""
+    return f"{row.verdict}{bound}"
 
 
 @dataclass(frozen=True)
@@ -211,6 +222,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
+    environment.filters["verdict"] = verdict
     return environment
 
 

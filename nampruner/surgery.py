@@ -4,13 +4,16 @@ It sees index lists and attributes, never a ratio or a score.
 """
 
 import copy
+import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from nampruner.baking import bake_again
+from nampruner.errors import NamPrunerError, did_you_mean
 from nampruner.graph import DependencyGraph
 from nampruner.graph.graph import Bools
 from nampruner.lineage import Literals, lineage, remember
@@ -37,10 +40,12 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     What a model was frozen, shared, in training, on a device or in a dtype stays so.
     """
     slim = copy.deepcopy(model)
+    bake_again(slim, plan.baked)
     apply_cuts(slim, plan.removed)
     modules = dict(slim.named_modules())
     for repair in plan.repairs:
         set_literal(modules[repair.module], repair.attribute, repair.after)
+        sync_shape(modules[repair.module])
     history = lineage(model)
     attributes = {name: dict(values) for name, values in history.attributes.items()}
     for name, values in changed_attributes(model, slim).items():
@@ -50,13 +55,19 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def apply_cuts(model: nn.Module, removed: Cuts) -> None:
-    """Remove these indices in place, module by module."""
+    """Remove these indices in place, module by module.
+
+    Raises:
+        NamPrunerError: they are not of this model; then it is as before.
+    """
+    check_cuts(model, removed)
     left = {name: {dim: list(i) for dim, i in dims.items()} for name, dims in removed.items()}
     for path, module in list(model.named_modules()):
         if hasattr(module, "keep_channels"):
             _tell(path, module, left)
     owners = owners_of(model)
-    before = {name: (p.requires_grad, _format(p)) for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    layouts = {name: memory_layout(tensor) for name, tensor in named_tensors(model)}
     by_module: dict[str, dict[str, dict[int, list[int]]]] = defaultdict(dict)
     for name, dims in left.items():
         path, _, key = name.rpartition(".")
@@ -69,15 +80,46 @@ def apply_cuts(model: nn.Module, removed: Cuts) -> None:
         for key, dims in cuts.items():
             _slice(owners[prefix + key], dims)
     for name, p in model.named_parameters():
-        flag, layout = before[name]
-        p.requires_grad_(flag)
-        if _format(p) != layout:
-            p.data = p.data.contiguous(memory_format=layout)
+        p.requires_grad_(flags[name])
+    for name, tensor in named_tensors(model):
+        if memory_layout(tensor) != layouts[name]:
+            tensor.data = tensor.data.contiguous(memory_format=layouts[name])
     for module in modules.values():
         sync_shape(module)
 
 
-def _format(tensor: Tensor) -> torch.memory_format:
+def check_cuts(model: nn.Module, removed: Cuts) -> None:
+    """See that every index exists, is listed once and in order, and that something stays.
+
+    Raises:
+        NamPrunerError: the plan is of another model, or damaged.
+    """
+    tensors = dict(named_tensors(model))
+    for name, dims in removed.items():
+        if name not in tensors:
+            raise NamPrunerError(
+                f"the plan cuts {name!r}, which is no tensor of {type(model).__name__}; carry it "
+                f"out on the model that it was made for.{did_you_mean(name, tensors)}"
+            )
+        shape = tensors[name].shape
+        for dim, gone in dims.items():
+            size = shape[dim] if 0 <= dim < len(shape) else 0
+            rising = all(a < b for a, b in itertools.pairwise(gone))
+            if not rising or (gone and (gone[0] < 0 or gone[-1] >= size)) or len(gone) >= size:
+                raise NamPrunerError(
+                    f"the plan's indices for {name} {list(shape)} along dimension {dim} are not "
+                    f"rising, do not exist, or leave nothing; make the plan again"
+                )
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer once, saved or not."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def memory_layout(tensor: Tensor) -> torch.memory_format:
+    """Return channels_last (2-D or 3-D) where the tensor is laid out so, else contiguous."""
     for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         last = tensor.dim() == rank and tensor.is_contiguous(memory_format=layout)
         if last and not tensor.is_contiguous():
@@ -231,9 +273,10 @@ def set_literal(module: nn.Module, attribute: str, value: int | tuple[int, ...])
 def changed_attributes(model: nn.Module, slim: nn.Module) -> dict[str, dict[str, Literals]]:
     """Module → attribute → new value, for every integer attribute in which the two differ."""
     changes: dict[str, dict[str, Literals]] = {}
-    for (path, old), (_, new) in zip(model.named_modules(), slim.named_modules(), strict=True):
+    before = dict(model.named_modules())
+    for path, new in slim.named_modules():
         for name, value in vars(new).items():
             now = literal(value)
-            if now is not None and now != literal(vars(old).get(name)):
+            if now is not None and now != literal(vars(before[path]).get(name)):
                 changes.setdefault(path, {})[name] = now
     return changes

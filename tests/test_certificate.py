@@ -14,15 +14,16 @@ import nampruner.graph
 from nampruner.certificate import TOLERANCE, certify, culprits
 from nampruner.config import PruneOptions
 from nampruner.errors import CertificateError, GraphError, NamPrunerError
-from nampruner.graph import call_model, channelwise, trace
+from nampruner.graph import call_model, channelwise, teach, trace
 from nampruner.importance import score
 from nampruner.plan import PruningPlan
-from nampruner.pruning import Cut, plan_pruning, prune
+from nampruner.pruning import plan_pruning, prune
 from nampruner.selection import select
+from nampruner.settle import Cut
 from nampruner.surgery import cut
 
-REFUSED = {"weight_norm": ""}
-"""Networks in which nothing can be cut."""
+REFUSED = ["rolled"]
+"""Networks in which no cut is exact."""
 
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -213,7 +214,8 @@ def test_a_network_that_returns_nan_is_refused() -> None:
 @pytest.fixture
 def declared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Declarations of this test end with it."""
-    monkeypatch.setattr(nampruner.graph, "_CHANNELWISE", copy.copy(nampruner.graph._CHANNELWISE))
+    monkeypatch.setattr(nampruner.graph, "CHANNELWISE", copy.copy(teach.CHANNELWISE))
+    monkeypatch.setattr(teach, "CHANNELWISE", nampruner.graph.CHANNELWISE)
 
 
 class Centered(nn.Module):
@@ -287,3 +289,38 @@ def test_culprits_are_found_by_halving(bad: set[int], wanted: list[int]) -> None
 
 def test_items_that_only_fail_together() -> None:
     assert culprits(range(6), lambda items: not {1, 4} <= set(items)) == [4]
+
+
+class NumberInTheCode(nn.Module):
+    """Its middle is split at numbers that no attribute holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = unit(16, 12), unit(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.first(x), [5, 7], 1)
+        return self.last(torch.cat(parts[::-1], 1))
+
+
+def test_where_a_network_stops_is_where_the_fault_is_sought(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    chain = [unit(16, 16) for _ in range(12)]
+    blocks = [*chain[:6], NumberInTheCode(), *chain[6:]]
+    model = lively(nn.Sequential(unit(3, 16), *blocks, nn.Conv2d(16, 5, 1))).eval()
+    tried: list[int] = []
+    certify = nampruner.settle.certify
+
+    def counted(*args: Any) -> Any:
+        tried.append(1)
+        return certify(*args)
+
+    monkeypatch.setattr(nampruner.settle, "certify", counted)
+    slim = prune(model, image(), ratio=0.3, round_to=1, importance="random")
+    reasons = {row.layer: row.reason for row in slim.plan.left_alone}
+    assert set(reasons) == {"7.first.0", "14"}
+    assert "does not run" in reasons["7.first.0"]
+    # halving all fifteen groups would take about as many again
+    assert len(tried) <= 8

@@ -14,6 +14,7 @@ import nampruner
 from nampruner import console
 from nampruner.cli import call
 from nampruner.config import PruneCommand, Recipe, RunCommand, merged
+from nampruner.export import read_metadata
 from nampruner.progress import Progress
 
 TINY = ("--model", "resnet20?width=4", "--data", "digits", "--epochs", "1", "--round-to", "2")
@@ -130,6 +131,15 @@ MISTAKES = {
         lambda t, h: ["export", str(t), "--out", str(t / "nampruner.json")],
         "nampruner.json",
     ),
+    "export of another format": (
+        lambda t, h: ["export", str(t), "--format", "python", "--out", str(t)],
+        "is no python export of nampruner",
+    ),
+    "tolerance of equal bits": (
+        lambda t, h: ["export", str(t), "--format", "python", "--tolerance", "1e-3"],
+        "--tolerance does not apply",
+    ),
+    "format": (lambda t, h: ["export", str(t), "--format", "tflite"], "--format = 'tflite'"),
     "flag": (lambda t, h: ["run", "--epohcs", "3"], "Did you mean --epochs"),
     "command": (lambda t, h: ["prun"], 'Did you mean "prune"'),
     "choice": (lambda t, h: ["run", "--importance", "nma"], "--importance = 'nma'"),
@@ -259,6 +269,28 @@ def test_export_evaluate_and_bench(
     candidates = json.loads(capsys.readouterr().out)["candidates"]
     assert [each["path"] for each in candidates] == ["a.onnx", "b.onnx"]
     assert candidates[0]["times"] == 1.0
+
+
+@pytest.mark.parametrize(("kind", "default"), [("pt2", "dense.pt2"), ("python", "dense-python")])
+def test_other_formats_have_names_of_their_own(
+    kind: str, default: str, trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, "dense")
+    line = ["export", "dense", "--format", kind, "--parity-inputs", "8"]
+    assert call([*line, "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+
+    assert (exported["format"], exported["path"]) == (kind, default)
+    assert exported["parity"]["inputs"] == 8
+    assert exported["parity"]["max_relative"] <= 1e-6
+    files = [path for path in here.rglob("*") if path.is_file() and default in path.parts]
+    assert exported["size_bytes"] == sum(path.stat().st_size for path in files)
+    record = json.loads(read_metadata(default)["nampruner"])
+    assert record["data"] == "digits"
+    if kind == "python":
+        assert '# "data": "digits"' in Path(default, "model.py").read_text()
+    assert call([*line, "--out", "dense"]) == 2
+    assert f"dense exists and is no {kind} export" in capsys.readouterr().err
 
 
 def test_rank_shows_scores_and_touches_nothing(

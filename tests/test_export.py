@@ -1,4 +1,4 @@
-"""Export: the file computes what the model computes, or there is no file."""
+"""ONNX export: the file computes what the model computes, or there is no file."""
 
 import json
 import logging
@@ -18,7 +18,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from nampruner.errors import NamPrunerError, ParityError
-from nampruner.export import _Gaps, export_onnx, read_metadata, run_onnx
+from nampruner.export import export_onnx, read_metadata, run_onnx
+from nampruner.export.parity import Gaps
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -111,7 +112,7 @@ def test_parity_numbers_are_those_of_an_independent_comparison(tmp_path: Path) -
 
 
 def test_gaps_are_gathered_over_batches_and_outputs() -> None:
-    gaps = _Gaps()
+    gaps = Gaps()
     gaps.add(
         [np.array([[1.0, 4.0]]), np.array([10.0])],
         [np.array([[1.5, 4.0]]), np.array([10.0])],
@@ -129,7 +130,7 @@ def test_gaps_are_gathered_over_batches_and_outputs() -> None:
 
 
 def test_outputs_of_zero_and_of_nan_are_not_called_equal() -> None:
-    silent, broken = _Gaps(), _Gaps()
+    silent, broken = Gaps(), Gaps()
     silent.add([np.zeros((1, 2))], [np.full((1, 2), 1e-9)])
     broken.add([np.array([[np.nan, 1.0]])], [np.array([[np.nan, 1.0]])])
     broken.add([np.array([[1.0, 1.0]])], [np.array([[1.0, 1.0]])])
@@ -140,7 +141,7 @@ def test_outputs_of_zero_and_of_nan_are_not_called_equal() -> None:
 
 def test_outputs_of_another_shape_are_a_parity_error() -> None:
     with pytest.raises(ParityError, match=r"\(1, 2\).*\(1, 3\)"):
-        _Gaps().add([np.zeros((1, 2))], [np.zeros((1, 3))])
+        Gaps().add([np.zeros((1, 2))], [np.zeros((1, 3))])
 
 
 def test_the_model_and_the_process_are_left_as_they_were(

@@ -1,16 +1,22 @@
 """Networks from short texts: built right, recorded, and refused with advice."""
 
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
+from zoo import image, lively
 
+from nampruner.checkpoint import save
 from nampruner.errors import NamPrunerError
 from nampruner.lineage import lineage
 from nampruner.models import build, call_user_function, parse_spec
+from nampruner.pruning import prune
 
 USER_FILE = """
 from torch import nn
@@ -154,3 +160,126 @@ def test_mistakes_in_a_user_file(user_file: Path) -> None:
         make(f"{user_file}:smal")
     with pytest.raises(NamPrunerError, match=r"gave a int; give an nn\.Module"):
         make(f"{user_file}:not_a_model")
+
+
+# -- import paths ----------------------------------------------------------------------------------
+
+PACKAGE = """
+from pathlib import Path
+from torch import nn
+
+Path(__file__).with_name("ran").touch()
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_channels=3, *, width=4):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+        self.last = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x):
+        return self.last(self.norm(self.conv(x)).relu()).mean((2, 3))
+
+def make(depth, **facts):
+    return nn.Sequential(*(Net(facts["num_classes"], facts["in_channels"]) for _ in range(depth)))
+
+number = 3
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package in the current folder that nobody has imported."""
+    folder = tmp_path / "my_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "nets.py").write_text(PACKAGE)
+    (folder / "needy.py").write_text("import a_package_that_nobody_has")
+    monkeypatch.chdir(tmp_path)
+    yield folder
+    for name in [n for n in sys.modules if n.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
+
+
+def test_a_class_and_a_function_of_a_package(package: Path) -> None:
+    before = list(sys.path)
+    assert make("my_package.nets:Net?width=6").conv.out_channels == 6
+    assert len(make("my_package.nets:make?depth=2")) == 2
+    assert sys.path == before
+    found = lineage(make("my_package.nets:Net?width=6"))
+    assert found.source == "my_package.nets:Net?width=6"
+
+
+def test_an_installed_package_is_found_before_the_current_folder(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package.parent / "colorsys.py").write_text("rgb_to_yiq = None")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    found = call_user_function("colorsys:rgb_to_yiq?r=0&g=0&b=0", trust_source=True)
+    assert found == (0, 0, 0)
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_package_is_imported_only_when_trusted(package: Path, imported: bool) -> None:
+    if imported:
+        make("my_package.nets:Net")
+        (package / "ran").unlink()
+    with pytest.raises(NamPrunerError, match=r"would run code from my_package\.nets.*trust_s"):
+        make("my_package.nets:Net", trust_source=False)
+    assert not (package / "ran").exists()
+    assert imported or "my_package" not in sys.modules
+
+
+def test_a_missing_package_of_the_package_is_not_hidden(package: Path) -> None:
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_nobody_has"):
+        make("my_package.needy:Net")
+
+
+@pytest.mark.parametrize(
+    ("spec", "advice"),
+    [
+        ("my_package.nets:Nett", "has no function or class 'Nett'; give one it defines. Did you"),
+        ("my_package.nets:number", "has no function or class 'number'"),
+        ("my_package.net:Net", "there is no module 'my_package.net'"),
+        ("my_packages.nets:Net", "there is no module 'my_packages'"),
+        ("my_package.nets:make", "missing a required argument: 'depth'; it takes (depth, **facts)"),
+        ("my_package.nets:Net?wide=3", "unexpected keyword argument 'wide'"),
+        ("my_package.nets:Net?num_classes=3", "follows the data"),
+        ("my_package.nets:Path", "gave a PosixPath; give an nn.Module"),
+        ("my package:Net", "unknown model source"),
+        ("https://host/x:Net", "unknown model source"),
+    ],
+)
+def test_mistakes_in_an_import_path(package: Path, spec: str, advice: str) -> None:
+    with pytest.raises(NamPrunerError, match=re.escape(advice)):
+        make(spec)
+
+
+RELOAD = """
+import sys, torch, nampruner
+from nampruner.errors import CheckpointError
+folder, script = sys.argv[1:]
+try:
+    nampruner.load(folder)
+except CheckpointError as error:
+    assert "would run code from my_package.nets" in str(error), error
+else:
+    raise AssertionError("not refused")
+assert "my_package" not in sys.modules
+model = nampruner.load(folder, trust_source=True)
+x, wanted = torch.load(script)
+assert torch.equal(model(x), wanted)
+"""
+
+
+def test_a_slim_network_comes_back_in_another_process(package: Path) -> None:
+    torch.manual_seed(0)
+    model = lively(make("my_package.nets:Net?width=12", 3)).eval()
+    x = image()
+    slim = prune(model, x, ratio=0.3, round_to=1).model
+    assert slim.conv.out_channels < 12
+    save(slim, "slim")
+    with torch.no_grad():
+        torch.save((x, slim(x)), "wanted.pt")
+    run = [sys.executable, "-c", RELOAD, "slim", "wanted.pt"]
+    subprocess.run(run, check=True)

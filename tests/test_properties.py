@@ -26,7 +26,8 @@ from nampruner.errors import CertificateError, GraphError
 from nampruner.graph import DependencyGraph, UnitGroup, trace
 from nampruner.nam import NAM, SpatialNAM
 from nampruner.plan import PruningPlan
-from nampruner.pruning import Cut, prune
+from nampruner.pruning import prune
+from nampruner.settle import Cut
 from nampruner.surgery import cut
 
 CLASSES = 5

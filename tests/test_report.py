@@ -87,7 +87,19 @@ RESULT = RunResult(
         max_relative_error=3.2e-15,
         inputs=4,
         output_error_cut=0.31,
-        layers=(LayerRecovery(layer="layer1.0.conv2", removed=16, explained=0.875, method="taps"),),
+        layers=(
+            LayerRecovery(
+                layer="layer1.0.conv2",
+                removed=16,
+                explained=0.875,
+                method="taps",
+                border=0.25,
+                verdict="bounded",
+                bound=0.0312,
+            ),
+            LayerRecovery(layer="layer1.1.conv2", removed=2, explained=None, method="constant"),
+        ),
+        verdicts={"lossy": 9, "exact": 7},
     ),
     left_alone=PLAN.left_alone,
     accuracy_cut=0.31,
@@ -208,6 +220,7 @@ def test_the_certificate_says_what_was_computed_and_no_more() -> None:
     assert certificate_rows(RESULT.certificate) == [
         ("masked against pruned", "3.2e-15 on 4 inputs in float64"),
         ("output error after the cut", "31.00 %"),
+        ("removed units", "7 exact, 9 lossy"),
     ]
 
 
@@ -262,7 +275,8 @@ def test_the_page_is_well_formed_and_shows_every_row(html: str) -> None:
         assert list(row) in page.rows
     assert ["layer1.0.conv1", "64", "48", "0.01235"] in page.rows
     assert ["conv1", "16", "16", ""] in page.rows
-    assert ["layer1.0.conv2", "16", "87.50 %", "taps"] in page.rows
+    assert ["layer1.0.conv2", "16", "87.50 %", "taps", "25.00 %", "bounded by 0.031"] in page.rows
+    assert ["layer1.1.conv2", "2", "–", "constant", "0.00 %", "lossy"] in page.rows
     assert ["hardware", "2 cores & 8 GB"] in page.rows
     assert "nampruner run --seed 0" in html
     assert "block.width</code> 64 → 48" in html

@@ -11,7 +11,8 @@ from zoo import ZOO, Case, Net, image, lively
 from nampruner.graph import call_model, trace
 from nampruner.lineage import lineage
 from nampruner.plan import PruningPlan, Repair
-from nampruner.pruning import Cut, prune
+from nampruner.pruning import prune
+from nampruner.settle import Cut
 from nampruner.surgery import cut, find_repairs, literal, owners_of, set_literal
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,16 +174,25 @@ def instance_norm() -> nn.Module:
     )
 
 
-@case(alone={"0": "normalization over channels"})
-def group_norm() -> nn.Module:
+def _normalized_in_groups(groups: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 12, 3),
-        nn.GroupNorm(3, 12),
+        nn.GroupNorm(groups, 12),
         nn.ReLU(),
         nn.Conv2d(12, 8, 3),
         nn.ReLU(),
         nn.Conv2d(8, 5, 1),
     )
+
+
+@case(free=("0", "3"), repairs=True)
+def group_norm() -> nn.Module:
+    return _normalized_in_groups(6)
+
+
+@case(free=("3",), alone={"0": "normalization over channels"})
+def one_group_norm() -> nn.Module:
+    return _normalized_in_groups(1)
 
 
 @case(free=("0",))
@@ -345,6 +355,37 @@ class SliceFilledIn(Net):
         out[:, :16] = x
         out[:, 16:] = self.inner(x)[:, :8]
         return self.last(out)
+
+
+@case(free=("stem.0",))
+class Rolled(Net):
+    """Where a channel goes depends on how many there are: no cut is exact."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.roll(x, 3, 1)
+
+
+@case(free=("stem.0",))
+class Glu(Net):
+    def __init__(self) -> None:
+        super().__init__(8)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return F.glu(x, 1)
+
+
+@case(free=("stem.0", "inner.0"))
+class Patches(Net):
+    """Overlapping patches: the elements of a window stay beside their channel."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.inner = unit(16, 12)
+        self.mix = nn.Conv1d(16 * 9, 12 * 9, 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        windows = self.mix(F.unfold(x, 3, padding=1))
+        return self.inner(x) + F.fold(windows, (8, 8), 3, padding=1)
 
 
 @case(free=("up",))
@@ -600,6 +641,21 @@ class WeightStandardization(Net):
 
     def middle(self, x: Tensor) -> Tensor:
         return F.relu(self.last(x))
+
+
+@case(free=("inner.0",))
+class ConditionalConvolution(Net):
+    """The weight of every image is a mixture of four (CondConv, Yang et al. 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.router = nn.Linear(16, 4)
+        self.mixed = CondConv2d(16, 16, 3, padding=1, num_experts=4)
+        self.inner = unit(16, 12)
+
+    def middle(self, x: Tensor) -> Tensor:
+        weights = torch.sigmoid(self.router(x.mean((2, 3))))
+        return self.inner(F.relu(self.mixed(x, weights)))
 
 
 class GainConv(nn.Conv2d):

@@ -33,7 +33,7 @@ Checkpoint = Annotated[Path, Parameter(help="Folder of a checkpoint.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object.")]
 Trust = Annotated[
     bool,
-    Parameter(negative="", help="Run the file.py that a checkpoint or recipe names as its source."),
+    Parameter(negative="", help="Run the code that a checkpoint or recipe names as its source."),
 ]
 
 
@@ -90,7 +90,7 @@ def run(
     help_epilogue=_examples(
         "nampruner train",
         "nampruner train --model timm:resnet18 --data my/images --out my/dense",
-        "nampruner train --strength 3e-3 --epochs 30",
+        "nampruner train --model timm:resnet18 --weights my/weights.pth",
     ),
 )
 def train(
@@ -223,6 +223,7 @@ def evaluate(
     help_epilogue=_examples(
         "nampruner export runs/x/slim --out model.onnx",
         "nampruner export runs/x/slim --parity-inputs 256 --tolerance 1e-5",
+        "nampruner export runs/x/slim --format python --out my/network",
     ),
 )
 def export(
@@ -230,11 +231,11 @@ def export(
     /,
     *,
     flags: Annotated[ExportCommand, _FLAT] = ExportCommand(),
-    out: Annotated[Path | None, Parameter(help="The ONNX file.")] = None,
+    out: Annotated[Path | None, Parameter(help="The file; for python, the folder.")] = None,
     json: Json = False,
     trust_source: Trust = False,
 ) -> None:
-    """Write an ONNX file and prove it on test images."""
+    """Write what runs the network without nampruner, and prove it on test images."""
     from nampruner.pipeline.commands import export_command
 
     progress = console.progress()

@@ -75,17 +75,18 @@ def _label_widths(axes: "Axes", rows: Sequence[LayerPlan]) -> None:
 
 def recovered(layers: Sequence[LayerRecovery]) -> "Figure":
     """Draw how much of what each consumer lost is given back by the channels that stay."""
-    mean = sum(row.explained for row in layers) / max(len(layers), 1)
+    layers = [row for row in layers if row.explained is not None]
+    given = [100 * (row.explained or 0.0) for row in layers]
+    mean = sum(given) / max(len(layers), 1)
     with styled():
         figure = blank(7.0, 0.19 * len(layers) + 1.3)
         axes = figure.subplots()
         places = range(len(layers))
         axes.barh(places, [100.0] * len(layers), color=PALE, label="lost")
-        given = [100 * row.explained for row in layers]
         axes.barh(places, given, color=BEFORE, height=0.5, label="given back")
         axes.set_yticks(places, [shortened(row.layer, 40) for row in layers], fontsize=7)
         axes.set_ylim(len(layers) - 0.4, -0.6)
-        axes.set_title(f"{100 * mean:.0f} % of what was removed is given back without training")
+        axes.set_title(f"{mean:.0f} % of what was removed is given back without training")
         axes.set_xlabel("share of the variance, %")
         legend_below(figure, axes)
     return figure

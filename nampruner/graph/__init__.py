@@ -5,13 +5,14 @@
 labels.py   what a label layer is           tracer.py   carries layers through a forward pass
 ledger.py   what the rules find out         rules/      what each ATen op does to the layers
 graph.py    the value that comes out        cost.py     MACs and parameters by width
+teach.py    what a user may teach it
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +22,23 @@ from torch.utils._pytree import tree_flatten
 from nampruner.errors import GraphError
 from nampruner.graph.graph import DependencyGraph, UnitGroup, build
 from nampruner.graph.rules import RULES
+from nampruner.graph.teach import CHANNELWISE, TAUGHT, channelwise, rule
 from nampruner.graph.tracer import Call, Rule, Tracer
 from nampruner.modes import evaluating
 
-__all__ = ["Call", "DependencyGraph", "Rule", "UnitGroup", "call_model", "channelwise", "trace"]
+__all__ = [
+    "Call",
+    "DependencyGraph",
+    "Rule",
+    "UnitGroup",
+    "call_model",
+    "channelwise",
+    "rule",
+    "trace",
+]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 Forward = Callable[[nn.Module, Any], Any]
-M = TypeVar("M", bound=type[nn.Module])
-
-_CHANNELWISE: dict[type[nn.Module], bool] = {}
-
-
-def channelwise(cls: M, *, parameters: bool = True) -> M:
-    """Declare that a module treats every channel alone (usable as a decorator).
-
-    Its input and output are [N, C, …]; every parameter or buffer dimension of length C belongs to
-    the channels, unless `parameters` says that none does. The tracer does not look inside. A wrong
-    declaration is caught by the certificate.
-    """
-    _CHANNELWISE[cls] = parameters
-    return cls
 
 
 def call_model(model: nn.Module, inputs: Inputs) -> Any:
@@ -69,7 +66,9 @@ def trace(
     if lazy:
         raise GraphError(f"{lazy[0]} has no shape yet; run the model once before it is traced")
     tensors = _tensors(example_inputs, "takes")
-    tracer = Tracer(model, RULES, _CHANNELWISE, tensors[0].shape[0] if tensors[0].dim() else 1)
+    tracer = Tracer(
+        model, {**RULES, **TAUGHT}, CHANNELWISE, tensors[0].shape[0] if tensors[0].dim() else 1
+    )
     run = partial(_run, tracer, model, example_inputs, forward or call_model)
     with evaluating(model), _no_fast_path():
         run(training=False)

@@ -101,25 +101,39 @@ class DependencyGraph:
     @cached_property
     def groups(self) -> tuple[UnitGroup, ...]:
         """All groups with a channel to spare, in the order of the forward pass."""
-        free = self._producible()
-        unit, slot, times = self._touches()
-        signature: dict[int, list[tuple[int, int]]] = {}
-        for u, s, n in zip(unit.tolist(), slot.tolist(), times.tolist(), strict=True):
-            if free[u]:
-                signature.setdefault(u, []).append((s, n))
-        members: dict[tuple[tuple[int, int], ...], dict[int, None]] = {}
-        producers: dict[tuple[tuple[int, int], ...], dict[str, int]] = {}
+        kind, slots = self._kinds()
+        members: dict[int, list[Ints]] = {}
+        producers: dict[int, dict[str, int]] = {}
         for product in self.products:
-            for u, n in Counter(product.outputs.tolist()).items():
-                if u in signature:
-                    key = tuple(signature[u])
-                    members.setdefault(key, {})[u] = None
-                    producers.setdefault(key, {}).setdefault(product.module, n)
+            kinds = kind[product.outputs]
+            for k in _in_order(kinds):
+                if k >= 0:
+                    units = product.outputs[kinds == k]
+                    members.setdefault(k, []).append(units)
+                    often = int((units == units[0]).sum())
+                    producers.setdefault(k, {}).setdefault(product.module, often)
+        found = {k: _in_order(np.concatenate(parts)) for k, parts in members.items()}
         return tuple(
-            _group(list(units), producers[key], dict(key))
-            for key, units in members.items()
-            if len(units) > 1
+            _group(units, producers[k], slots[k]) for k, units in found.items() if len(units) > 1
         )
+
+    def _kinds(self) -> tuple[Ints, list[dict[int, int]]]:
+        """Unit → number of its kind, or -1 where it cannot go; kind → slots it touches."""
+        free = self._producible()
+        unit, touched = self._touches()
+        starts = np.flatnonzero(np.diff(unit, prepend=-1))
+        ends = np.append(starts[1:], len(unit))
+        kind = np.full(self.count, -1)
+        numbers: dict[bytes, int] = {}
+        slots: list[dict[int, int]] = []
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            u = unit[start]
+            if free[u]:
+                rows = touched[start:end]
+                kind[u] = numbers.setdefault(rows.tobytes(), len(slots))
+                if kind[u] == len(slots):
+                    slots.append(dict(rows.tolist()))
+        return kind, slots
 
     def _producible(self) -> Bools:
         free = np.zeros(self.count, dtype=bool)
@@ -129,11 +143,13 @@ class DependencyGraph:
         free[0] = False
         return free
 
-    def _touches(self) -> tuple[Ints, Ints, Ints]:
+    def _touches(self) -> tuple[Ints, Ints]:
+        """Per unit and slot, in order: the unit, and slot and number of indices [n, 2]."""
         slot = np.repeat(np.arange(len(self.slots)), [s.size for s in self.slots])
         unit = np.concatenate([self.units(s) for s in self.slots])
-        pairs, times = np.unique(np.stack([unit, slot]), axis=1, return_counts=True)
-        return pairs[0], pairs[1], times
+        pairs, times = np.unique(unit * len(self.slots) + slot, return_counts=True)
+        unit, slot = np.divmod(pairs, len(self.slots))
+        return unit, np.stack([slot, times], axis=1)
 
     def left_alone(self) -> tuple[LeftAlone, ...]:
         """Every layer none of whose outputs can go, with the reason."""
@@ -181,6 +197,13 @@ class DependencyGraph:
         return Size(params=round(self.cost.params(kept)), macs=round(self.cost.macs(kept)))
 
 
+def _in_order(values: Ints) -> list[int]:
+    """Distinct values in the order in which they come."""
+    first = np.unique(values, return_index=True)[1]
+    found: list[int] = values[np.sort(first)].tolist()
+    return found
+
+
 def _group(units: list[int], producers: dict[str, int], slots: dict[int, int]) -> UnitGroup:
     name, multiplicity = next(iter(producers.items()))
     return UnitGroup(name, np.array(units), multiplicity, tuple(producers.values()), slots)
@@ -223,13 +246,13 @@ def _product(contraction: Contraction, units: Units) -> Product:
 
 
 def _components(ledger: Ledger) -> Ints:
-    pairs = np.concatenate([t.numpy() for t in ledger.ties] or [np.zeros((0, 2), dtype=np.int64)])
+    nothing = np.zeros((2, 0), dtype=np.int64)
+    a, b = np.concatenate([nothing, *(t.numpy() for t in ledger.ties)], axis=1)
     size = (ledger.labels, ledger.labels)
-    links = coo_matrix((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=size)
+    links = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), shape=size)
     found = connected_components(links, directed=False)[1].astype(np.int64)
     # label 0 meets nothing, so its component is its own; it becomes unit 0
-    order = np.where(found == found[0], 0, found + 1)
-    return np.unique(order, return_inverse=True)[1].astype(np.int64)
+    return np.where(found == found[0], 0, found + (found < found[0]))
 
 
 def _masked_slots(ledger: Ledger) -> frozenset[int]:

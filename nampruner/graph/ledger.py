@@ -49,7 +49,7 @@ class Ledger:
     slots: list[Slot] = field(default_factory=list)
     labels: int = 1
     ties: list[Tensor] = field(default_factory=list)
-    """Pairs of labels that go together [n, 2]."""
+    """Pairs of labels that go together [2, n]."""
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)
     """Labels of weights' input slices: zeroing these slices masks a channel."""
@@ -76,7 +76,7 @@ class Ledger:
         a, b = (x.reshape(-1) for x in torch.broadcast_tensors(a, b))
         both = (a > 0) & (b > 0) & (a != b)
         if bool(both.any()):
-            self.ties.append(torch.unique(torch.stack([a[both], b[both]], 1), dim=0))
+            self.ties.append(torch.stack([a[both], b[both]]))
         one = (a > 0) ^ (b > 0)
         if bool(one.any()):
             self.freeze([torch.where(a > 0, a, b)[one]], why)

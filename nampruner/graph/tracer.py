@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -46,15 +46,15 @@ class Call:
     def where(self) -> str:
         return f"{self.op} in {self.module or 'the network'}"
 
-    @property
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """All tensor arguments, lists opened."""
-        return [t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor)]
+        return list(_tensors((*self.args, *self.kwargs.values())))
 
-    @property
+    @cached_property
     def results(self) -> list[Tensor]:
         """All tensors that came out, lists opened."""
-        return [t for t in tree_flatten(self.out)[0] if isinstance(t, Tensor)]
+        return list(_tensors(self.out))
 
     def labels(self, tensor: Tensor | None) -> Layers:
         return [] if tensor is None else self.tracer.labels_of(tensor)
@@ -89,10 +89,25 @@ class Call:
             self.tracer.ledger.literals.append(Literal(self.module, self.op, before, counted))
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """ATen calls know no other containers; pytree would take longer than many an op."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
 def _replay(function: Any, args: Any, kwargs: Any, index: int, base: Tensor) -> Tensor:
     """Look at `base` as a recorded view op looked at its own."""
     window: Tensor = tree_flatten(function(base, *args, **kwargs))[0][index]
     return window
+
+
+def name_of(op: Any) -> str:
+    """`relu` for torch.ops.aten.relu, `mine.act` for torch.ops.mine.act."""
+    space, _, name = str(op).rpartition(".")
+    return name if space in ("aten", "prims") else f"{space}.{name}"
 
 
 Rule = Callable[[Call], list[Layers]]
@@ -150,8 +165,7 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        op = func.overloadpacket.__name__
-        call = Call(self, op, func, args, kwargs, out)
+        call = Call(self, name_of(func.overloadpacket), func, args, kwargs, out)
         inputs, results = call.tensors, call.results
         if any(t in self.active for t in inputs):
             for tensor in results:

@@ -7,6 +7,7 @@ from nampruner.config import (
     TARGETS,
     ExportCommand,
     FinetuneCommand,
+    Format,
     Options,
     PruneCommand,
     TrainCommand,
@@ -26,11 +27,14 @@ from nampruner.pipeline.folders import (
     workshop,
 )
 from nampruner.pipeline.job import Job, Loaded, load, prepare, resume, trusted
-from nampruner.pipeline.publish import Exported, check_onnx_path
+from nampruner.pipeline.publish import Exported, check_export_path
 from nampruner.pipeline.stages import Made, check, made, make, planned, prune_result
 from nampruner.pipeline.whole import run, trained
 from nampruner.plan import PruneResult, PruningPlan, RunResult
 from nampruner.progress import Progress
+
+_ENDINGS: dict[Format, str] = {"onnx": ".onnx", "pt2": ".pt2", "python": "-python"}
+"""What is added to a checkpoint's name where no other was given."""
 
 
 def run_command(
@@ -141,7 +145,12 @@ def export_command(
     Raises:
         NamPrunerError: see the stage.
     """
-    path = out or source.with_name(f"{source.name}.onnx")
-    check_onnx_path(path)
+    if flags.format == "python" and "tolerance" in flags.model_fields_set:
+        raise NamPrunerError(
+            "--tolerance does not apply to --format python, whose outputs must be the same bits; "
+            "leave it out"
+        )
+    path = out or source.with_name(f"{source.name}{_ENDINGS[flags.format]}")
+    check_export_path(path, flags.format)
     job, found = resume(source, flags, trust=trust, progress=progress)
-    return publish.export(job, found, path)
+    return publish.export(job, found, path, flags.format)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from nampruner import checkpoint, models
+from nampruner.baking import bake
 from nampruner.checkpoint import CheckpointRecord, InputSpec
 from nampruner.config import DataOptions, Options, Recipe, merged
 from nampruner.data import Data, load_data
 from nampruner.errors import NamPrunerError
-from nampruner.graph import DependencyGraph
+from nampruner.graph import DependencyGraph, trace
 from nampruner.importance import Batches, Scores, score
+from nampruner.models.weights import named
 from nampruner.nam import attach_nam
 from nampruner.pipeline.folders import require_checkpoint
 from nampruner.progress import Progress, Silent
@@ -51,6 +53,15 @@ class Job:
         """Return batches (inputs, labels) of about as many training images."""
         batches = -(-self.recipe.calibration // self.recipe.batch_size)
         return list(islice(self.data.plain, batches))
+
+    def graph(self, model: nn.Module) -> DependencyGraph:
+        """Bake what has to be, in place, and trace.
+
+        Raises:
+            GraphError: see `nampruner.graph.trace`.
+        """
+        bake(model)
+        return trace(model, self.examples())
 
     def scores(self, model: nn.Module, graph: DependencyGraph) -> Scores:
         """Score the units of `graph` as the recipe says."""
@@ -132,9 +143,9 @@ def recipe_of(record: CheckpointRecord, flags: Options, source: str) -> Recipe:
 
 
 def trusted(recipe: Recipe, flags: Options) -> bool:
-    """Say whether every user's file in `recipe` was named by `flags`, not by a file."""
+    """Say whether all user's code in `recipe` was named by `flags`, not by a file."""
     specs = {name: getattr(recipe, name) for name in ("model", "data")}
-    files = {name for name, spec in specs.items() if models.is_user_file(spec)}
+    files = {name for name, spec in specs.items() if models.runs_user_code(spec)}
     return files <= flags.model_fields_set
 
 
@@ -142,7 +153,7 @@ def build(job: Job) -> nn.Module:
     """Build the recipe's model for its data, NAM attached; the seed decides the weights.
 
     Raises:
-        NamPrunerError: see `nampruner.models.build` and `attach_nam`.
+        NamPrunerError: see `nampruner.models.build`, `load_weights` and `attach_nam`.
     """
     recipe, data = job.recipe, job.data
     with own_chance():
@@ -154,10 +165,18 @@ def build(job: Job) -> nn.Module:
             image_size=data.image_size,
             trust_source=job.trust,
         )
+        if recipe.weights is not None:
+            _start_from(recipe.weights, model, job)
         check_match(model, data)
         if recipe.nam != "none":
             attach_nam(model, job.examples(), parts=recipe.nam, at=recipe.nam_at)
     return model
+
+
+def _start_from(path: Path, model: nn.Module, job: Job) -> None:
+    left = models.load_weights(model, path, strict=job.recipe.weights_strict)
+    if left:
+        job.progress.note(f"not in {path}, so as it was built: {named(left)}")
 
 
 def keep(job: Job, model: nn.Module, out: Path, **record: Any) -> None:

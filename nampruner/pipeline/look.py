@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nampruner import figures
-from nampruner.checkpoint import CheckpointRecord
+from nampruner.checkpoint import CheckpointRecord, parse_record
 from nampruner.config import BenchCommand, Options, RankCommand, Recipe
 from nampruner.errors import NamPrunerError
 from nampruner.export import export_onnx, read_metadata
-from nampruner.graph import UnitGroup, trace
+from nampruner.graph import UnitGroup
 from nampruner.importance import Scores
 from nampruner.latency import compare, feeds, measure, open_session
 from nampruner.lineage import Lineage
@@ -62,8 +62,7 @@ def rank(job: Job, found: Loaded) -> Ranking:
     Raises:
         NamPrunerError: nothing can be cut, or a glob matches nothing.
     """
-    recipe, examples = job.recipe, job.examples()
-    graph = trace(found.model, examples)
+    recipe, graph = job.recipe, job.graph(found.model)
     scores = job.scores(found.model, graph)
     plans = [select(graph, scores, _at(recipe, ratio)) for ratio in RATIOS]
     units = [int(unit) for group in graph.groups for unit in group.units]
@@ -163,7 +162,9 @@ def _open_onnx(
     """Open an ONNX file; one of ours says which images it is for, else `--data` must."""
     said = read_metadata(path).get(RECORD_KEY)
     record = (
-        CheckpointRecord.model_validate_json(said) if said else CheckpointRecord(lineage=Lineage())
+        parse_record(said, f"the metadata of {path}")
+        if said
+        else CheckpointRecord(lineage=Lineage())
     )
     job = prepare(recipe_of(record, flags, str(path)), trust=trust, progress=progress)
     model = _OnnxModel(path)

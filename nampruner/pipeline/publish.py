@@ -3,7 +3,8 @@
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from json import loads
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nampruner import figures
+from nampruner.checkpoint import CheckpointRecord
+from nampruner.config import Format
 from nampruner.errors import NamPrunerError
-from nampruner.export import export_onnx, read_metadata
+from nampruner.export import export_onnx, export_pt2, export_python, read_metadata
 from nampruner.latency import measure
 from nampruner.nam import SpatialNAM
 from nampruner.pipeline.folders import METRICS, write
@@ -32,41 +35,76 @@ RECORD_KEY = "nampruner"
 
 
 class Exported(Record):
-    """An ONNX file and its proof."""
+    """An exported file or folder and its proof."""
 
+    format: Format
     path: str
     size_bytes: int
+    """Of the file, or of all files in the folder."""
     parity: Parity
 
 
-def export(job: Job, found: Loaded, path: Path) -> Exported:
-    """Write a checkpoint as ONNX and prove it on test images; it carries the checkpoint's record.
+def export(job: Job, found: Loaded, path: Path, kind: Format = "onnx") -> Exported:
+    """Export a checkpoint and prove it on test images; the export carries the checkpoint's record.
 
     Raises:
-        ParityError: the file computes something else; it is not left under its name.
-        NamPrunerError: `path` holds a file that is not ours, or the network cannot be exported.
+        ParityError: it computes something else; it is not left under its name.
+        NamPrunerError: `path` holds something that is not ours, or the network cannot be exported.
     """
-    check_onnx_path(path)
-    parity = export_onnx(
+    check_export_path(path, kind)
+    write, said = _writer(job, found, kind)
+    parity = write(
         found.model,
         path,
         job.examples(),
         inputs=job.data.test_inputs(job.recipe.parity_inputs),
-        tolerance=job.recipe.tolerance,
-        metadata={RECORD_KEY: found.record.model_dump_json()},
+        metadata={**said, RECORD_KEY: found.record.model_dump_json()},
         progress=job.progress,
     )
-    return Exported(path=str(path), size_bytes=path.stat().st_size, parity=parity)
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    return Exported(format=kind, path=str(path), size_bytes=size, parity=parity)
 
 
-def check_onnx_path(path: Path) -> None:
+def _writer(job: Job, found: Loaded, kind: Format) -> tuple[Callable[..., Parity], dict[str, str]]:
+    """Return what writes this format, and what is to be said beside the record."""
+    if kind == "python":
+        # it was built from that source a moment ago, so it is trusted
+        source = found.record.lineage.source
+        return partial(export_python, original=source), _about(found.record)
+    write = export_onnx if kind == "onnx" else export_pt2
+    return partial(write, tolerance=job.recipe.tolerance), {}
+
+
+def _about(record: CheckpointRecord) -> dict[str, str]:
+    """Return what a reader of `model.py` wants to know about its inputs and outputs."""
+    spec, classes = record.input, record.classes
+    said = {
+        "data": record.data,
+        "mean": ", ".join(f"{value:.4g}" for value in spec.mean) if spec else None,
+        "std": ", ".join(f"{value:.4g}" for value in spec.std) if spec else None,
+        "classes": ", ".join(classes) if classes else None,
+    }
+    return {key: text for key, text in said.items() if text}
+
+
+def check_export_path(path: Path, kind: Format) -> None:
     """See that writing `path` destroys nothing of anybody else's.
 
     Raises:
-        NamPrunerError: a file is there that nampruner did not write.
+        NamPrunerError: something is there that nampruner did not export in this format.
     """
-    if path.exists() and (path.is_dir() or RECORD_KEY not in read_metadata(path)):
-        raise NamPrunerError(f"{path} exists and is no ONNX file of nampruner; give another --out")
+    if path.exists() and (path.is_dir() != (kind == "python") or not _is_ours(path)):
+        raise NamPrunerError(
+            f"{path} exists and is no {kind} export of nampruner; give another --out"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return RECORD_KEY in read_metadata(path)
+    except NamPrunerError:
+        return False
 
 
 def compare(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> RunResult:
@@ -137,7 +175,9 @@ def _figures(job: Job, dense: Loaded, slim: Loaded) -> "dict[str, tuple[str, Fig
         "widths": ("Widths before and after the cut", figures.widths(last_cut(slim)[0])),
         **_recovery(slim),
     }
-    if not dense.record.lineage.plans:
+    start = job.recipe.weights
+    # a checkpoint outlives the file that its training started from
+    if not dense.record.lineage.plans and (start is None or start.is_file()):
         fresh = factors(build(job))
         names = ("untrained", "trained")
         drawn["factors-trained"] = (

@@ -11,14 +11,14 @@ from torch import nn
 from nampruner import checkpoint
 from nampruner.config import Recipe
 from nampruner.errors import CheckpointError
-from nampruner.graph import trace
 from nampruner.importance import score
 from nampruner.penalty import SparsityPenalty, fitting_strength
 from nampruner.pipeline.folders import is_made, link, parent_of
 from nampruner.pipeline.job import Job, Loaded, build, keep
 from nampruner.plan import Certificate, Measured, PruneResult, PruningPlan, Record
-from nampruner.pruning import Cut, restore, settle
+from nampruner.pruning import restore
 from nampruner.selection import select
+from nampruner.settle import Cut, settle
 from nampruner.training import FitSettings, fit
 
 ACCURACY = "accuracy"
@@ -60,7 +60,7 @@ def check(job: Job) -> None:
             impossible, or nothing can be cut.
     """
     model = build(job)
-    graph = trace(model, job.examples())
+    graph = job.graph(model)
     select(graph, score(model, graph, "magnitude"), job.recipe)
 
 
@@ -99,9 +99,8 @@ def decide(job: Job, dense: Loaded) -> Cut:
     Raises:
         NamPrunerError: see `nampruner.pruning.settle`.
     """
-    examples = job.examples()
-    graph = trace(dense.model, examples)
-    return settle(dense.model, graph, job.scores(dense.model, graph), job.recipe, examples)
+    graph = job.graph(dense.model)
+    return settle(dense.model, graph, job.scores(dense.model, graph), job.recipe, job.examples())
 
 
 def prune(job: Job, dense: Loaded, out: Path) -> None:

@@ -10,7 +10,7 @@ from nampruner.errors import NamPrunerError
 from nampruner.pipeline.folders import RESULT, check_run_folder, claim, write
 from nampruner.pipeline.job import Job, load, prepare, resume
 from nampruner.pipeline.publish import compare, report, scratch
-from nampruner.pipeline.stages import check, finetune, make, prune, train, uncut_parent
+from nampruner.pipeline.stages import check, finetune, last_cut, make, prune, train, uncut_parent
 from nampruner.plan import RunResult
 from nampruner.progress import Progress, Silent
 
@@ -48,8 +48,9 @@ def pruned(job: Job, folder: Path, dense: Path) -> Path:
     """Leave the cut and recovered network in `pruned/`, its plan in `plan.json`."""
     out = folder / "pruned"
     make(job, out, dense, lambda: prune(job, load(dense, trust=job.trust), out))
-    plan = load(out, trust=job.trust).record.lineage.plans[-1]
-    write(folder / PLAN, plan.model_dump_json(indent=1))
+    plan, certificate = last_cut(load(out, trust=job.trust))
+    told = plan.model_copy(update={"certificate": certificate})
+    write(folder / PLAN, told.model_dump_json(indent=1))
     return out
 
 

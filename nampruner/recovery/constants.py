@@ -5,42 +5,65 @@ goes into the consumer's bias, or is taken off the mean of the BN behind it. Whe
 this is exact; a zero-padded border misses the constant there.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nampruner.modes import evaluating
-from nampruner.plan import PruningPlan
+from nampruner.plan import LayerRecovery, PruningPlan
 from nampruner.recovery.rows import has_taps, is_consumer
 from nampruner.recovery.survey import survey
+from nampruner.recovery.verdicts import Findings, verdicts
 
 
 def fold_constants(
     slim: nn.Module, model: nn.Module, plan: PruningPlan, example_inputs: Any
-) -> tuple[str, ...]:
-    """Fold constant channels in place, straight after the cut; return the consumers changed.
+) -> Findings:
+    """Fold constant channels in place, straight after the cut; tell which consumers lost any.
 
     Constant is what noise in the shape of `example_inputs`, a tensor [N, C, …], does not move.
     Other inputs than one tensor are left alone.
     """
+    found = Findings()
     if not isinstance(example_inputs, Tensor) or not example_inputs.is_floating_point():
-        return ()
+        return found
     generator = torch.Generator().manual_seed(0)
     shape = (4, *example_inputs.shape[1:])
     noise = torch.randn(shape, generator=generator).to(example_inputs)
     with evaluating(model):
         seen = survey(model, noise)
-    changed = []
     for name, (values, same) in seen.constants.items():
         gone = plan.removed.get(f"{name}.weight", {})
-        module = model.get_submodule(name)
+        module, lost = model.get_submodule(name), gone.get(1, [])
         if not is_consumer(module) or not has_taps(module) or getattr(module, "groups", 1) > 1:
             continue
-        index = [i for i in gone.get(1, []) if same[i] and values[i] != 0]
-        if index and _shift(slim, name, seen.behind, _share(module, index, values, gone)):
-            changed.append(name)
-    return tuple(changed)
+        index = [i for i in lost if same[i] and values[i] != 0]
+        folded = bool(index) and _shift(
+            slim, name, seen.behind, _share(module, index, values, gone)
+        )
+        # a border reads zeros, not the constant; a channel that is 0 everywhere says nothing
+        exact = [
+            bool(same[i] and (values[i] == 0 or (folded and not seen.borders[name]))) for i in lost
+        ]
+        if folded or any(exact):
+            found.layers.append(_row(name, exact, seen.borders[name]))
+            found.errors[f"{name}.weight", 1] = [0.0 if one else math.inf for one in exact]
+    return found
+
+
+def _row(name: str, exact: list[bool], border: float) -> LayerRecovery:
+    return LayerRecovery(
+        layer=name,
+        removed=len(exact),
+        explained=None,
+        method="constant",
+        border=border,
+        verdict="exact" if all(exact) else "lossy",
+        bound=0.0 if all(exact) else None,
+        units=verdicts([0.0 if one else math.inf for one in exact]),
+    )
 
 
 def _share(

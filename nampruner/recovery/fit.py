@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 _RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Candidates for the ridge, relative to the mean variance of the features."""
+"""Candidates for the ridge, relative to the mean variance of the features …"""
+_STEADY = 1e-2
+"""… and the smallest where more than"""
+_EXACT = 1e-6
+"""of the variance is left anyway."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,28 @@ def ridge(features: Tensor, targets: Tensor, prior: Tensor, *, centred: bool = T
     spread = missed[:, half:] - first.mean_r.unsqueeze(1)
     total, scale = float(spread.square().sum()), float(y.square().sum())
     explained = max(0.0, 1.0 - float(left.square().sum()) / total) if total > 1e-24 * scale else 1.0
-    spans = y.std(1).clamp_min(1e-6 * float(y.std().nan_to_num()) + 1e-30)
-    errors = left.abs().amax(1) / spans
+    errors = left.abs().amax(1) / _spans(y)
     whole = _Moments.of(x, missed, centred=centred)
     change = whole.solve(strength)
     intercept = whole.mean_r - (whole.mean_x.unsqueeze(1) @ change).squeeze(1)
     return Fit(w + change, intercept, explained, errors)
+
+
+def misses(features: Tensor, targets: Tensor, *, centred: bool = True) -> Tensor:
+    """Largest error of each target [g, o] on the second half of the rows, fitted on the first.
+
+    In standard deviations of the target; each takes the ridge that suits it best.
+    """
+    x, y = features.double(), targets.double()
+    half = x.shape[1] // 2
+    first = _Moments.of(x[:, :half], y[:, :half], centred=centred)
+    lefts = (_left(first, x[:, half:], y[:, half:], strength) for strength in _RIDGES)
+    return torch.stack([left.abs().amax(1) for left in lefts]).amin(0) / _spans(y)
+
+
+def _spans(y: Tensor) -> Tensor:
+    """Standard deviations [g, o], none of them 0."""
+    return y.std(1).clamp_min(1e-6 * float(y.std().nan_to_num()) + 1e-30)
 
 
 @dataclass(frozen=True)
@@ -83,11 +103,20 @@ class _Moments:
 
 
 def _choose(moments: _Moments, x: Tensor, r: Tensor) -> tuple[float, Tensor]:
-    """The ridge that predicts these rows best, and the errors [g, n, o] it leaves."""
+    """The ridge that predicts these rows best, and the errors [g, n, o] it leaves.
+
+    A small ridge is for what can be predicted exactly. Elsewhere it would buy the last of the error
+    with large weights on directions in which the features hardly vary: right for these statistics,
+    but training on would start far from a minimum.
+    """
+    missed = {s: float(_left(moments, x, r, s).square().sum()) for s in _RIDGES}
+    best = min(missed, key=missed.__getitem__)
+    if missed[best] > _EXACT * float((r - moments.mean_r.unsqueeze(1)).square().sum()):
+        best = min((s for s in _RIDGES if s >= _STEADY), key=missed.__getitem__)
+    return best, _left(moments, x, r, best)
+
+
+def _left(moments: _Moments, x: Tensor, r: Tensor, strength: float) -> Tensor:
+    """Errors [g, n, o] that the fit with this ridge leaves on these rows."""
     away, spread = x - moments.mean_x.unsqueeze(1), r - moments.mean_r.unsqueeze(1)
-
-    def left(strength: float) -> Tensor:
-        return spread - away @ moments.solve(strength)
-
-    best = min(_RIDGES, key=lambda strength: float(left(strength).square().sum()))
-    return best, left(best)
+    return spread - away @ moments.solve(strength)

@@ -6,26 +6,29 @@ stay; one map for all taps, so it needs far fewer rows, and it serves transposed
 flattened maps.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from nampruner.recovery.fit import Fit, ridge
+from nampruner.recovery.fit import Fit, misses, ridge
 from nampruner.recovery.rows import (
     Sites,
     grid,
     has_taps,
     is_linear,
+    others,
     patches,
     sides,
+    zeros_around,
 )
 
 _UNIT_ROWS = 2048
 """Positions at which the removed inputs themselves are looked at."""
 _WIDEST = 2500
 """Features of a system; a wider one would cost more than it gives."""
+_ENDS = (torch.amin, torch.amax)
 
 
 @dataclass(frozen=True)
@@ -46,40 +49,12 @@ class Memory:
     sites: Sites
     targets: Tensor
     """taps: outputs that stay [n, O']; affine: all inputs [n, C]."""
-    places: Sites | None = None
-    """Where the inputs that go were sampled; None in grouped layers."""
-    gone: Tensor | None = None
-    """These inputs [n, R]."""
 
 
 def remember(
     dense: nn.Module, slim: nn.Module, cut: Cut, x: Tensor, out: Tensor, each: int
 ) -> Memory | None:
     """Keep what the fit needs; None where neither way fits the layer."""
-    found = _fitting(dense, slim, cut, x, out, each)
-    if found is None or not cut.inputs or int(getattr(dense, "groups", 1)) > 1:
-        return found
-    channels = _channelled(dense, x, each)
-    places = Sites.sample(grid(nn.Identity(), channels), _UNIT_ROWS, seed=len(cut.inputs))
-    index = sorted({i // each for i in cut.inputs})
-    return replace(found, places=places, gone=places.of(nn.Identity(), channels)[:, index])
-
-
-def units(slim: nn.Module, seen: Memory, x: Tensor) -> Tensor | None:
-    """How far each removed input is from what those that stay say of it [R], in deviations.
-
-    The largest error on held-out positions of the best affine prediction.
-    """
-    if seen.places is None or seen.gone is None:
-        return None
-    kept = seen.places.of(nn.Identity(), _channelled(slim, x, seen.each))[None]
-    prior = torch.zeros(1, kept.shape[-1], seen.gone.shape[1], device=x.device)
-    return ridge(kept, seen.gone[None], prior).errors[0]
-
-
-def _fitting(
-    dense: nn.Module, slim: nn.Module, cut: Cut, x: Tensor, out: Tensor, each: int
-) -> Memory | None:
     weight: Tensor = slim.weight  # type: ignore[assignment]
     groups = int(getattr(dense, "groups", 1))
     features = weight[0].numel()
@@ -97,9 +72,30 @@ def _fitting(
     return None
 
 
-def others(width: int, gone: list[int]) -> list[int]:
-    missing = set(gone)
-    return [i for i in range(width) if i not in missing]
+def judge(dense: nn.Module, cut: Cut, x: Tensor, each: int, *, shift: bool) -> Tensor | None:
+    """How far each removed input is from what those that stay say of it [R], in deviations.
+
+    The largest error of the best affine prediction on positions not used in the fit. They are drawn
+    from the map as it is padded: a constant is none at a border. Exactly 0 for what never varies,
+    if the layer can `shift` its outputs or the value is 0. None in grouped layers, and where the
+    prediction would be too wide.
+    """
+    index = sorted({i // each for i in cut.inputs})
+    channels = _channelled(dense, x, each)
+    if not index or int(getattr(dense, "groups", 1)) > 1 or channels.shape[1] > _WIDEST:
+        return None
+    around = zeros_around(dense) or [(0, 0)] * (channels.dim() - 2)
+    sizes = [n + sum(zeros) for n, zeros in zip(channels.shape[2:], around, strict=True)]
+    places = Sites.sample(torch.Size([len(channels), *sizes]), _UNIT_ROWS, seed=len(cut.inputs))
+    rows = places.under(channels, [ahead for ahead, _ in around])
+    gone, kept = rows[:, index], rows[:, others(rows.shape[1], index)]
+    errors = misses(kept[None], gone[None], centred=shift)[0]
+    low, high = (f(channels, [d for d in range(channels.dim()) if d != 1]) for f in _ENDS)
+    anywhere = shift and not any(map(any, around))
+    still = ((low == high) & ((low == 0) | anywhere))[index]
+    # what did not vary where it was looked at, but does elsewhere, was not predicted
+    errors[gone.amin(0) == gone.amax(0)] = float("inf")
+    return errors.clamp_min(torch.finfo(torch.float64).tiny).masked_fill(still, 0.0)
 
 
 def _channelled(module: nn.Module, x: Tensor, each: int) -> Tensor:
@@ -155,6 +151,15 @@ def _affine(
     shape = weight.movedim((outs, ins), (0, 1)).shape
     weight.copy_(moved.reshape(shape).movedim((0, 1), (outs, ins)))
     if isinstance(slim.bias, Tensor):
-        old = dense.bias[rest] if isinstance(dense.bias, Tensor) else 0.0
-        slim.bias.copy_(old + torch.einsum("oct,c->o", kernel, fit.intercept[0]))
+        slim.bias.copy_(_constant(dense, fit.intercept[0], kept)[rest])
     return fit
+
+
+def _constant(dense: nn.Module, values: Tensor, like: Tensor) -> Tensor:
+    """What the layer makes of a map that is constant in each channel [C], on average [O].
+
+    A border, or a stride of a transposed convolution, lets an output see some of the taps only.
+    """
+    whole = values.to(like)[None, :, *[None] * (like.dim() - 2)].expand(1, -1, *like.shape[2:])
+    out: Tensor = dense(whole.reshape(1, -1) if is_linear(dense) else whole)
+    return out.flatten(2).mean(2)[0] if out.dim() > 2 else out[0]

@@ -1,6 +1,7 @@
 """What a consumer sees at sampled positions: the rows of its least squares."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -61,6 +62,17 @@ class Sites:
         """Channels at the sites [n, C]."""
         return (tensor if is_linear(module) else tensor.movedim(1, -1))[self.at]
 
+    def under(self, tensor: Tensor, before: Sequence[int]) -> Tensor:
+        """Channels [n, C] where the sites count from `before` zeros ahead of each dimension."""
+        image, *where = (at.to(tensor.device) for at in self.at)
+        inside = torch.ones_like(image, dtype=torch.bool)
+        places = []
+        for at, ahead, size in zip(where, before, tensor.shape[2:], strict=True):
+            inside &= (at >= ahead) & (at < ahead + size)
+            places.append((at - ahead).clamp(0, size - 1))
+        rows = tensor.movedim(1, -1)[(image, *places)]
+        return rows.masked_fill(~inside[:, None], 0.0)
+
 
 def patches(module: nn.Module, x: Tensor, sites: Sites) -> Tensor:
     """The inputs that the outputs at the sites are made of [n, C, taps]."""
@@ -76,6 +88,12 @@ def patches(module: nn.Module, x: Tensor, sites: Sites) -> Tensor:
     return torch.stack(columns, -1)
 
 
+def others(width: int, gone: list[int]) -> list[int]:
+    """The indices that stay."""
+    missing = set(gone)
+    return [i for i in range(width) if i not in missing]
+
+
 def _numbers(module: nn.Module, name: str) -> tuple[int, ...]:
     values: tuple[int, ...] = getattr(module, name)
     return values
@@ -86,6 +104,38 @@ def _padded(module: nn.Module, x: Tensor) -> Tensor:
     mode = str(module.padding_mode)
     mode = "constant" if mode == "zeros" else mode
     return F.pad(x, amounts, mode=mode) if any(amounts) else x
+
+
+def zeros_around(module: nn.Module) -> list[tuple[int, int]]:
+    """Zeros that are padded to each dimension of a map: ahead, behind."""
+    kernel = getattr(module, "kernel_size", ())
+    if not kernel or not has_taps(module) or module.padding_mode != "zeros":
+        return [(0, 0)] * len(kernel)
+    amounts: list[int] = list(module._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+    return list(zip(amounts[-2::-2], amounts[-1::-2], strict=True))
+
+
+def border(module: nn.Module, x: Tensor, out: Tensor) -> float:
+    """Share of the output positions whose window touches zero padding.
+
+    That of a transposed convolution does where one of its taps has no input to read.
+    """
+    inside = 1.0
+    for d, around in enumerate(zeros_around(module)):
+        stride, step, kernel = (
+            _numbers(module, n)[d] for n in ("stride", "dilation", "kernel_size")
+        )
+        at, taps = torch.arange(out.shape[2 + d])[:, None], torch.arange(kernel) * step
+        if has_taps(module):
+            read = at * stride + taps - around[0]
+            missed = (read < 0) | (read >= x.shape[2 + d])
+            missed &= any(around)  # what other paddings add is no zeros
+        else:
+            reach = at + _numbers(module, "padding")[d] - taps
+            read = reach.div(stride, rounding_mode="floor")
+            missed = (reach % stride == 0) & ((read < 0) | (read >= x.shape[2 + d]))
+        inside *= 1 - missed.any(1).double().mean().item()
+    return 1 - inside
 
 
 def features_per_channel(width: int, removed: list[int], hint: int = 0) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nampruner.recovery.rows import is_consumer, is_linear
+from nampruner.recovery.rows import border, is_consumer, is_linear
 
 Hooks = Sequence[tuple[str, Callable[..., None]]]
 _BN = nn.modules.batchnorm._BatchNorm
@@ -25,6 +25,8 @@ class Survey:
     """Linear layer → positions per channel of the map that was flattened into it."""
     constants: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Consumer → value of each input channel [C], and whether it was the same everywhere [C]."""
+    borders: dict[str, float] = field(default_factory=dict)
+    """Consumer → share of its output positions whose window touches zero padding."""
 
 
 def run(net: nn.Module, images: Tensor, *, before: Hooks = (), after: Hooks = ()) -> None:
@@ -56,6 +58,8 @@ def survey(model: nn.Module, images: Tensor) -> Survey:
                 maps[out.data_ptr()] = out[0, 0].numel()
             if is_consumer(module):
                 makers[id(out)] = (name, out)
+                share = border(module, inputs[0], out)
+                found.borders[name] = max(share, found.borders.get(name, 0.0))
 
         return hook
 

@@ -3,13 +3,14 @@
 The original network runs once and leaves, for every consumer, what its fit needs at sampled
 positions. Then the slim network runs once on the same images, and each consumer is fitted just
 before it computes: it sees inputs that all consumers before it have already corrected, so errors do
-not pile up. Each BN gets the statistics of what reaches it. Labels are never needed.
+not pile up. Each BN gets the statistics of what reaches it. Where only a few images fit into memory
+the others go through both networks after that, batch by batch, and have their say in these
+statistics. Labels are never needed.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,23 @@ from nampruner.lineage import remember as note
 from nampruner.modes import evaluating
 from nampruner.plan import LayerRecovery, PruningPlan
 from nampruner.progress import Bar, Progress, Silent
-from nampruner.recovery.refit import Cut, Memory, others, refit, remember, units
+from nampruner.recovery.fit import Fit
+from nampruner.recovery.norms import Norms
+from nampruner.recovery.refit import Cut, Memory, judge, refit, remember
 from nampruner.recovery.rows import features_per_channel, is_consumer, is_linear, sides
 from nampruner.recovery.survey import Survey, run, survey
-from nampruner.surgery import add_bias
+from nampruner.recovery.verdicts import Findings, verdict, verdicts
+from nampruner.surgery import add_bias, owners_of
 
-_BN = nn.modules.batchnorm._BatchNorm
 _BUDGET_BYTES = 1.2e9
-"""What the activations alive at one time may take; fewer images are walked where they would not."""
+"""What the activations alive at one time may take; only so many images are walked at once."""
+_ENOUGH = 64
+"""Walked images from which on more of them do not better the BN statistics.
+
+Another pass over the same images changes nothing. ResNet-20 (3 seeds) at 1/4 of the MACs, 16
+images walked: 80.4 %, with the other 880 in the statistics 84.0; 64 walked: 87.4 and 87.4; 896
+walked: 88.5, with 4 096 in the statistics 88.4.
+"""
 
 
 @dataclass
@@ -39,9 +49,9 @@ class _Walk:
     allow_bias: bool
     memory: dict[str, Memory | None] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-    statistics: dict[str, list[Tensor]] = field(default_factory=dict)
-    """BN → in the original, of the channels that stay [C']: mean and variance seen, and kept."""
-    done: list[LayerRecovery] = field(default_factory=list)
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    """Consumer → how far each channel it lost is off, where that is known of each."""
+    found: Findings = field(default_factory=Findings)
     biased: list[str] = field(default_factory=list)
     """Consumers that were given a bias."""
     downstream: bool = False
@@ -51,6 +61,11 @@ class _Walk:
         outs, ins = sides(self.model.get_submodule(name))
         gone = self.plan.removed.get(f"{name}.weight", {})
         return Cut(gone.get(outs, []), gone.get(ins, []))
+
+    def shifts(self, name: str) -> bool:
+        """Whether a constant can be added to what this consumer puts out."""
+        biased = self.slim.get_submodule(name).bias is not None
+        return biased or name in self.seen.behind or self.allow_bias
 
 
 def recover(
@@ -64,26 +79,60 @@ def recover(
 ) -> tuple[LayerRecovery, ...]:
     """Correct `slim` in place so that it computes what `model` computes, without training.
 
-    `batches` are inputs [N, C, H, W] without labels. They are walked as one batch, of as many
-    images as fit into about 1.2 GB of activations. Returns how well each consumer that lost inputs
-    is re-expressed. A constant goes into a consumer's bias or the BN behind it; where there is
+    `batches` are inputs [N, C, H, W] without labels. As many images as fit into about 1.2 GB of
+    activations are walked as one batch, to which the weights are fitted; where these are fewer than
+    64, the others move the BN statistics. Returns how well each consumer that lost inputs is
+    re-expressed. A constant goes into a consumer's bias or the BN behind it; where there is
     neither, none is fitted, unless `allow_bias` lets a bias be added.
     """
+    found = find(slim, model, plan, batches, allow_bias=allow_bias, progress=progress)
+    return tuple(found.layers)
+
+
+def find(
+    slim: nn.Module,
+    model: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Tensor],
+    *,
+    allow_bias: bool = False,
+    progress: Progress | None = None,
+) -> Findings:
+    """Do what `recover` does, and tell how far each removed input is off as well."""
     names = [name for name, module in slim.named_modules() if is_consumer(module)]
-    norms = [name for name, module in slim.named_modules() if isinstance(module, _BN)]
     shown = (progress or Silent()).bar("recover", len(names))
     with shown as bar, evaluating(slim, model), torch.no_grad():
         given = list(batches)
         device = next(model.parameters()).device
         seen = survey(model, given[0][:1].to(device))
-        images = torch.cat(given)[: _affordable(seen)].to(device)
-        walk = _Walk(model, slim, plan, seen, bar, allow_bias)
+        first, *more = _parts(torch.cat(given), _affordable(seen))
+        # what two layers share cannot be fitted to one of them: it counts as run before
+        calls = dict.fromkeys(_sharing(slim), 1)
+        walk = _Walk(model, slim, plan, seen, bar, allow_bias, calls=calls)
+        norms = Norms(model, slim, plan)
         watched = [(name, _watch(walk, name)) for name in names]
-        run(model, images, after=watched + [(name, _observe(walk, name)) for name in norms])
+        run(model, first.to(device), before=norms.watch(), after=watched)
         fits = [(name, _fit(walk, name)) for name in names]
-        run(slim, images, before=fits + [(name, _calibrate(walk, name)) for name in norms])
+        steps = [*fits, *norms.follow(lambda: walk.downstream)]
+        run(slim, first.to(device), before=steps)
+        for part in more if norms.moving and len(first) < _ENOUGH else ():
+            run(model, part.to(device), before=norms.watch())
+            run(slim, part.to(device), before=norms.follow())
+        norms.settle()
     _record_biases(slim, walk.biased)
-    return tuple(walk.done)
+    return walk.found
+
+
+def _sharing(model: nn.Module) -> set[str]:
+    """Modules one of whose tensors is another module's too."""
+    shared = (name for name, holders in owners_of(model).items() if len(holders) > 1)
+    return {name.rpartition(".")[0] for name in shared}
+
+
+def _parts(images: Tensor, size: int) -> list[Tensor]:
+    """As many images as can be walked at once, and the rest in parts of about equal size."""
+    first, rest = images[:size], images[size:]
+    return [first, *rest.tensor_split(math.ceil(len(rest) / size))] if len(rest) else [first]
 
 
 def _record_biases(slim: nn.Module, names: list[str]) -> None:
@@ -104,12 +153,16 @@ def _watch(walk: _Walk, name: str) -> Callable[..., None]:
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         walk.calls[name] = walk.calls.get(name, 0) + 1
-        if walk.calls[name] == 1:
-            each = 1
-            if is_linear(module):
-                hint = walk.seen.positions.get(name, 0)
-                each = features_per_channel(inputs[0].shape[-1], cut.inputs, hint)
-            walk.memory[name] = remember(module, narrow, cut, inputs[0], out, each)
+        if walk.calls[name] > 1:
+            return
+        each = 1
+        if is_linear(module):
+            hint = walk.seen.positions.get(name, 0)
+            each = features_per_channel(inputs[0].shape[-1], cut.inputs, hint)
+        walk.memory[name] = remember(module, narrow, cut, inputs[0], out, each)
+        errors = judge(module, cut, inputs[0], each, shift=walk.shifts(name))
+        if errors is not None:
+            walk.errors[name] = errors.tolist()
 
     return hook
 
@@ -123,66 +176,39 @@ def _fit(walk: _Walk, name: str) -> Callable[..., None]:
         walk.downstream |= bool(cut.inputs)
         # a module that runs twice would need one weight for two places: it keeps the cut one
         if seen is None or not walk.downstream or walk.calls[name] > 1:
+            _report(walk, name, None, None)
             return
         if walk.allow_bias and module.bias is None and name not in walk.seen.behind:
             add_bias(module)
             walk.biased.append(name)
-        errors = units(module, seen, inputs[0])
         fit = refit(dense, module, cut, seen, inputs[0], shift=name in walk.seen.behind)
-        if cut.inputs:
-            walk.done.append(
-                LayerRecovery(
-                    layer=name,
-                    removed=len(cut.inputs),
-                    explained=fit.explained,
-                    method=seen.method,
-                    verdict=_verdict(fit.worst),
-                    bound=fit.worst,
-                    units={} if errors is None else Counter(map(_verdict, errors.tolist())),
-                )
-            )
+        _report(walk, name, seen, fit)
 
     return hook
 
 
-def _verdict(worst: float) -> Literal["exact", "bounded", "lossy"]:
-    if worst <= 1e-5:
-        return "exact"
-    return "bounded" if worst <= 0.1 else "lossy"
-
-
-def _observe(walk: _Walk, name: str) -> Callable[..., None]:
-    gone = walk.plan.removed.get(f"{name}.running_mean", {}).get(0, [])
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        walk.calls[name] = walk.calls.get(name, 0) + 1
-        if isinstance(module.running_mean, Tensor) and isinstance(module.running_var, Tensor):
-            now = (*_moments(inputs[0]), module.running_mean, module.running_var)
-            walk.statistics[name] = [t[others(t.shape[0], gone)].double() for t in now]
-
-    return hook
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(x.double(), [d for d in range(x.dim()) if d != 1])
-    return mean, var
-
-
-def _calibrate(walk: _Walk, name: str) -> Callable[..., None]:
-    """The original's statistics, moved as far as what reaches the BN has moved.
-
-    Where nothing moved they stay what they were, however few the images are.
-    """
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # one BN for two places would need two statistics: it keeps what it has
-        if not walk.downstream or name not in walk.statistics or walk.calls[name] > 1:
-            return
-        mean, var = _moments(inputs[0])
-        was, varied, running_mean, running_var = walk.statistics[name]
-        eps: float = module.eps  # type: ignore[assignment]
-        moved = (running_var + eps) * (var + eps) / (varied + eps) - eps
-        module.running_mean.copy_(running_mean + mean - was)  # type: ignore[operator]
-        module.running_var.copy_(moved.clamp_min(0))  # type: ignore[operator]
-
-    return hook
+def _report(walk: _Walk, name: str, seen: Memory | None, fit: Fit | None) -> None:
+    """Note what became of what a consumer lost; without a fit it keeps its cut weight."""
+    place = f"{name}.weight", sides(walk.model.get_submodule(name))[1]
+    removed = len(walk.cut(name).inputs)
+    if not removed or place in walk.found.errors:
+        return
+    border, errors = walk.seen.borders.get(name, 0.0), walk.errors.get(name)
+    if seen is None or fit is None:
+        row = LayerRecovery(layer=name, removed=removed, explained=0, method="none", border=border)
+        errors = None
+    else:
+        row = LayerRecovery(
+            layer=name,
+            removed=removed,
+            explained=fit.explained,
+            method="constant" if errors and not any(errors) else seen.method,
+            border=border,
+            verdict=verdict(fit.worst),
+            bound=fit.worst,
+            units=verdicts(errors or []),
+        )
+    # where the inputs were not looked at one by one, what holds for the outputs holds for each
+    channels = errors or [math.inf if fit is None else fit.worst]
+    walk.found.layers.append(row)
+    walk.found.errors[place] = [e for e in channels for _ in range(removed // len(channels))]

@@ -13,7 +13,9 @@ from nampruner.graph.rules.contraction import attention, convolution, linear, ma
 from nampruner.graph.rules.elementwise import elementwise, fixed, overwrite, unknown
 from nampruner.graph.rules.movement import (
     concatenate,
+    halves,
     move,
+    patches,
     pick,
     reshape,
     shuffle_pixels,
@@ -76,7 +78,7 @@ def _table() -> dict[str, Rule]:
         reduction: """
             mean sum amax amin max min var var_mean std std_mean norm
             linalg_vector_norm logsumexp prod any all argmax argmin median""",
-        softmax: "_softmax _log_softmax cumsum cumprod sort topk glu",
+        softmax: "_softmax _log_softmax cumsum cumprod sort topk",
         move: """
             permute transpose t unsqueeze squeeze flip roll repeat select expand
             narrow movedim unfold repeat_interleave diagonal rot90 numpy_T mT""",
@@ -86,6 +88,8 @@ def _table() -> dict[str, Rule]:
         concatenate: "cat concat",
         stack: "stack",
         pick: "index index_select gather",
+        halves: "glu",
+        patches: "im2col col2im",
         shuffle_pixels: "pixel_shuffle pixel_unshuffle",
     }
     table: dict[str, Rule] = {op: rule for rule, ops in families.items() for op in ops.split()}

@@ -1,5 +1,6 @@
 """Ops that move data move the labels, by running themselves on them."""
 
+import math
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from nampruner.graph.labels import (
     varying,
     vector,
 )
-from nampruner.graph.rules.shared import merge
+from nampruner.graph.rules.shared import merge, only_channels
 from nampruner.graph.tracer import Call
 
 
@@ -167,6 +168,33 @@ def pick(call: Call) -> list[Layers]:
         else:
             out.append(_same_op(call, layer))
     return [out]
+
+
+def halves(call: Call) -> list[Layers]:
+    """`glu` gates the first half with the second: equal positions go together."""
+    x = call.args[0]
+    dim = call.argument(1, "dim", -1) % x.dim()
+    out: Layers = []
+    for layer in call.labels(x):
+        if dim in varying(layer):
+            first, second = layer.chunk(2, dim)
+            call.tie(first, second)
+            layer = first
+        out.append(layer)
+    return [merge(call, out)]
+
+
+def patches(call: Call) -> list[Layers]:
+    """`im2col` [N, C, H, W] → [N, C·k², L] and back: the k² elements of a channel go together."""
+    x = call.args[0]
+    elements = math.prod(call.args[2 if call.op == "col2im" else 1])
+    only_channels(call, x, "unfolded across labelled positions")
+    labels = vector(call.labels(x), 1, x.shape[1])
+    if call.op == "im2col":
+        return [[along(labels.repeat_interleave(elements), 1, x.dim() - 1)]]
+    channels = labels.view(-1, elements)
+    call.tie(channels, channels[:, :1])
+    return [[along(channels[:, 0], 1, x.dim() + 1)]]
 
 
 def shuffle_pixels(call: Call) -> list[Layers]:

@@ -33,9 +33,20 @@ def layer_norm(call: Call) -> list[Layers]:
 
 
 def group_norm(call: Call) -> list[Layers]:
-    """Statistics over groups of channels and all positions."""
-    x = call.args[0]
-    return [_normalized(call, x, range(1, x.dim()))]
+    """Statistics over groups of channels and all positions: groups go whole, one group stays."""
+    x, weight, bias = call.args[:3]
+    groups = call.args[6]
+    channels = vector(call.labels(x), 1, x.shape[1])
+    if groups == 1 or not bool((channels > 0).any()):
+        return [_normalized(call, x, range(1, x.dim()))]
+    grouped = channels.view(groups, -1)
+    call.tie(grouped, grouped[:, :1])
+    for tensor in (weight, bias):
+        if tensor is not None:
+            call.tie(vector(call.labels(tensor), 0, tensor.shape[0]), channels)
+    call.literal(groups, grouped[:, 0])
+    call.literal(x.shape[1], channels)
+    return [only_channels(call, x, "normalization over labelled positions")] * 3
 
 
 def _normalized(call: Call, x: Tensor, dims: range) -> Layers:

@@ -1,0 +1,18 @@
+"""The way out: files that run a network without nampruner. Each is proven before it appears.
+
+onnx.py          one ONNX file                    (the only place that knows onnx)
+pt2.py           one torch.export program
+python.py        a folder: `model.safetensors` and a short `model.py`
+parity.py        how far two runtimes are apart   files.py   a file appears when it is right
+origin.py        how a network was built, as code
+difference.py    what sets a slim network apart from its original
+standalone.py    the code that `model.py` carries
+"""
+
+from nampruner.export.files import read_metadata
+from nampruner.export.onnx import export_onnx, run_onnx
+from nampruner.export.parity import Inputs
+from nampruner.export.pt2 import export_pt2
+from nampruner.export.python import export_python
+
+__all__ = ["Inputs", "export_onnx", "export_pt2", "export_python", "read_metadata", "run_onnx"]

@@ -1,0 +1,131 @@
+"""How far two runtimes are apart on real inputs; what is too far is no export."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nampruner.errors import ParityError
+from nampruner.latency import Array, device_of, evaluating
+from nampruner.plan import Parity
+from nampruner.progress import Bar
+
+Inputs = Tensor | tuple[Tensor, ...]
+Runner = Callable[[tuple[Tensor, ...]], list[Array]]
+"""A batch on the CPU → every output [n, …]."""
+
+BATCH = 32
+"""Inputs per pass of the parity check; bounds its memory."""
+
+
+def as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return the arguments of one call."""
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+def pair_of(example: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Return a batch of two: at batch 1 a tracer cannot tell the batch from any other 1."""
+    return tuple(torch.cat([x[:1], x[:1]]).to(device) for x in example)
+
+
+@contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Eval mode and full float32 precision; both put back afterwards."""
+    # TF32 alone would put PyTorch further from the file than the tolerance.
+    precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with evaluating(model), precise:
+        yield
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Flatten what a network returns, in the order the exporter gives its outputs."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return [tensor for part in output for tensor in tensors_of(part)]
+    return []
+
+
+def arrays_of(output: Any) -> list[Array]:
+    """Flatten what a network returns into arrays; numpy has no bfloat16."""
+    found = (y.detach().cpu() for y in tensors_of(output))
+    return [(y.float() if y.dtype is torch.bfloat16 else y).numpy() for y in found]
+
+
+def batches_of(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Cut inputs [M, …] into batches; the first input goes alone, to prove batch 1 too."""
+    count = len(inputs[0])
+    edges = [0, *range(1, count, BATCH), count]
+    return [tuple(x[start:stop] for x in inputs) for start, stop in pairwise(edges)]
+
+
+def compare(model: nn.Module, other: Runner, inputs: tuple[Tensor, ...], bar: Bar) -> Parity:
+    """Compare `model` with `other` on `inputs` [M, …], batch by batch."""
+    device, gaps = device_of(model), Gaps()
+    for batch in batches_of(inputs):
+        expected = arrays_of(model(*(x.to(device) for x in batch)))
+        gaps.add(expected, other(tuple(x.cpu() for x in batch)))
+        bar.advance()
+    return gaps.parity(len(inputs[0]))
+
+
+class Gaps:
+    """Differences between two runtimes, gathered batch by batch; one entry per output."""
+
+    def __init__(self) -> None:
+        self._gap: dict[int, float] = {}
+        self._scale: dict[int, float] = {}
+        self._same = self._compared = 0
+
+    def add(self, expected: list[Array], got: list[Array]) -> None:
+        """Take in one batch: every output [n, …] from both sides.
+
+        Raises:
+            ParityError: the outputs differ in number or shape, or there are none.
+        """
+        shapes, others = [y.shape for y in expected], [y.shape for y in got]
+        if shapes != others or not shapes:
+            raise ParityError(f"PyTorch gives outputs {shapes}, the export {others}")
+        for index, (want, have) in enumerate(zip(expected, got, strict=True)):
+            # np.max, unlike max, hands a NaN on; the tolerance then refuses it.
+            gap = np.abs(want.astype(np.float64) - have).max(initial=0)
+            scale = np.abs(want).max(initial=0)
+            self._gap[index] = float(np.max([gap, self._gap.get(index, 0.0)]))
+            self._scale[index] = float(np.max([scale, self._scale.get(index, 0.0)]))
+        if expected[0].ndim > 1:
+            same = expected[0].argmax(1) == got[0].argmax(1)
+            self._same += int(same.sum())
+            self._compared += same.size
+
+    def parity(self, inputs: int) -> Parity:
+        """Return the worst output; agreement is that of the first output over dimension 1."""
+        relative = [
+            gap / self._scale[index] if self._scale[index] else (0.0 if gap == 0 else np.inf)
+            for index, gap in self._gap.items()
+        ]
+        return Parity(
+            max_abs=float(np.max(list(self._gap.values()), initial=0.0)),
+            max_relative=float(np.max(relative, initial=0.0)),
+            top1_agreement=self._same / self._compared if self._compared else 1.0,
+            inputs=inputs,
+        )
+
+
+def require(parity: Parity, tolerance: float, what: str) -> None:
+    """See that the export is near enough.
+
+    Raises:
+        ParityError: it is not; `what` names the runtime.
+    """
+    if not parity.max_relative <= tolerance:  # so written, a NaN is refused
+        raise ParityError(
+            f"{what} and PyTorch differ by {parity.max_relative:.2g} of the largest output "
+            f"on {parity.inputs} inputs (top-1 agreement {parity.top1_agreement:.2%}); "
+            f"{tolerance:g} is allowed. Nothing was written"
+        )
