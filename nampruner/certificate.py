@@ -187,16 +187,19 @@ def culprits(
     return bad
 
 
-def cost_of(model: nn.Module, slim: nn.Module, batches: Iterable[Tensor]) -> tuple[float, float]:
+def cost_of(
+    model: nn.Module, slim: nn.Module, batches: Iterable[Tensor], forward: Forward | None = None
+) -> tuple[float, float]:
     """What a cut costs on real inputs: ‖slim - dense‖ / ‖dense‖ of the outputs, top-1 agreement.
 
     `batches` are inputs [N, C, H, W]; outputs are logits [N, classes] (of several, the first).
     """
+    run = forward or call_model
     missed = norm = same = total = 0.0
     device = next(model.parameters()).device
     with evaluating(model, slim), torch.no_grad():
         for batch in batches:
-            a, b = (_tensors(net(batch.to(device)))[0].double() for net in (model, slim))
+            a, b = (_tensors(run(net, batch.to(device)))[0].double() for net in (model, slim))
             missed += float((a - b).square().sum())
             norm += float(a.square().sum())
             same += float((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).sum())

@@ -82,7 +82,7 @@ def prune(
     scores = score(model, graph, importance, batches=batches or calibration)
     result = settle(model, graph, scores, chosen, example_inputs, forward)
     if calibration is not None:
-        return restore(result, model, calibration)
+        return restore(result, model, calibration, forward=forward)
     if forward is None:
         found = fold_constants(result.model, model, result.plan, example_inputs)
         return _told(result, judged(result.graph, result.plan, found))
@@ -100,6 +100,7 @@ def restore(
     *,
     corrected: bool = True,
     allow_bias: bool = False,
+    forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> Cut:
     """Recover the slim model in place, and let the certificate say what cut and recovery cost.
@@ -110,7 +111,7 @@ def restore(
     """
     images = torch.cat(list(batches))
     held = images[-max(1, len(images) // 8) :].split(128)
-    error, agreement = cost_of(model, result.model, held)
+    error, agreement = cost_of(model, result.model, held, forward)
     facts: dict[str, Any] = {"output_error_cut": error, "top1_agreement_cut": agreement}
     if corrected:
         seen = [images[: len(images) - len(images) // 8]]
@@ -118,6 +119,6 @@ def restore(
             result.model, model, result.plan, seen, allow_bias=allow_bias, progress=progress
         )
         facts |= judged(result.graph, result.plan, found)
-        error, agreement = cost_of(model, result.model, held)
+        error, agreement = cost_of(model, result.model, held, forward)
         facts |= {"output_error_recovered": error, "top1_agreement_recovered": agreement}
     return _told(result, facts)

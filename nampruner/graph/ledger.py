@@ -7,6 +7,9 @@ from torch import Tensor
 
 from nampruner.graph.labels import Layer, Layers, along
 
+_MANY = 2**16
+"""Pairs that are worth sorting, to keep each only once: a weight may be tied element by element."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -76,10 +79,16 @@ class Ledger:
         a, b = (x.reshape(-1) for x in torch.broadcast_tensors(a, b))
         both = (a > 0) & (b > 0) & (a != b)
         if bool(both.any()):
-            self.ties.append(torch.stack([a[both], b[both]]))
+            self.ties.append(self._pairs(a[both], b[both]))
         one = (a > 0) ^ (b > 0)
         if bool(one.any()):
             self.freeze([torch.where(a > 0, a, b)[one]], why)
+
+    def _pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.numel() <= _MANY:
+            return torch.stack([a, b])
+        keys = torch.unique(a * self.labels + b)
+        return torch.stack([keys // self.labels, keys % self.labels])
 
     def freeze(self, layers: Layers, why: str) -> None:
         """These channels cannot go."""

@@ -91,7 +91,7 @@ def _from_torchvision(spec: Spec, facts: dict[str, int]) -> Any:
 def _from_yolo(spec: Spec, facts: dict[str, int]) -> nn.Module:
     from nampruner import yolo
 
-    given = {key: facts[key] for key in ("num_classes", "in_channels")}
+    given: dict[str, Any] = {key: facts[key] for key in ("num_classes", "in_channels")}
     if spec.name.endswith(".pt"):
         return yolo.load(spec.name, **given)
     return yolo.build(spec.name, **given, **spec.arguments)

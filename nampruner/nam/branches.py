@@ -60,8 +60,9 @@ def record_forward(
             stack.callback(after.remove)
         stack.enter_context(walk)
         call(model, example_inputs)
-    once = (name for name in walk.branches if walk.calls[name] == 1)
-    return ForwardRecord(tuple(dict.fromkeys(once)), walk.shapes, walk.calls)
+    # an activation that all blocks share ends none of them: the block around it does
+    ends = (next((n for n in names if walk.calls[n] == 1), None) for names in walk.branches)
+    return ForwardRecord(tuple(dict.fromkeys(n for n in ends if n)), walk.shapes, walk.calls)
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -94,10 +95,10 @@ class _Walk(TorchDispatchMode):
         self.node: dict[int, int] = {}
         self.alive: list[Tensor] = []  # while a tensor lives, its id is not given to another
         self.starts: list[int] = []
-        self.producer: dict[int, str] = {}
+        self.producers: dict[int, list[str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.calls: Counter[str] = Counter()
-        self.branches: list[str] = []
+        self.branches: list[list[str]] = []
         for tensor in inputs:
             if isinstance(tensor, Tensor):
                 self._number(tensor, [], 0)
@@ -119,7 +120,7 @@ class _Walk(TorchDispatchMode):
         self.starts.append(len(self.depth))
 
     def leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook: the innermost module that computed a value is its producer."""
+        """Forward hook: note which modules return a value they computed, innermost first."""
         start = self.starts.pop()
         self.calls[name] += 1
         if not isinstance(output, Tensor):
@@ -127,7 +128,7 @@ class _Walk(TorchDispatchMode):
         self.shapes[name] = tuple(output.shape)
         node = self._find(output)
         if node is not None and node >= start:
-            self.producer.setdefault(node, name)
+            self.producers.setdefault(node, []).append(name)
 
     def _find(self, leaf: Any) -> int | None:
         return self.node.get(id(leaf)) if isinstance(leaf, Tensor) else None
@@ -153,5 +154,5 @@ class _Walk(TorchDispatchMode):
         near = 0
         for step in range(_PROJECTION + 1):
             near |= self.of_depth[depth - step]
-        if near & self.ancestors[shortcut] & self.ancestors[branch] and branch in self.producer:
-            self.branches.append(self.producer[branch])
+        if near & self.ancestors[shortcut] & self.ancestors[branch] and branch in self.producers:
+            self.branches.append(self.producers[branch])

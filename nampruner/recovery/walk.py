@@ -107,7 +107,7 @@ def find(
         seen = survey(model, given[0][:1].to(device))
         first, *more = _parts(torch.cat(given), _affordable(seen))
         # what two layers share cannot be fitted to one of them: it counts as run before
-        calls = dict.fromkeys(_sharing(slim), 1)
+        calls = dict.fromkeys(_sharing(slim) | _constant(slim, plan), 1)
         walk = _Walk(model, slim, plan, seen, bar, allow_bias, calls=calls)
         norms = Norms(model, slim, plan)
         watched = [(name, _watch(walk, name)) for name in names]
@@ -127,6 +127,13 @@ def _sharing(model: nn.Module) -> set[str]:
     """Modules one of whose tensors is another module's too."""
     shared = (name for name, holders in owners_of(model).items() if len(holders) > 1)
     return {name.rpartition(".")[0] for name in shared}
+
+
+def _constant(slim: nn.Module, plan: PruningPlan) -> set[str]:
+    """Modules that the cut did not touch and nothing trains, where other modules are trained."""
+    frozen = {n.rpartition(".")[0] for n, p in slim.named_parameters() if not p.requires_grad}
+    touched = {name.rpartition(".")[0] for name in plan.removed}
+    return frozen - touched if any(p.requires_grad for p in slim.parameters()) else set()
 
 
 def _parts(images: Tensor, size: int) -> list[Tensor]:

@@ -1,0 +1,85 @@
+"""Unlabelled images as a YOLO network gets them: letterboxed, RGB, in [0, 1]."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nampruner.errors import NamPrunerError
+from nampruner.yolo.library import (
+    LetterBox,
+    LoadImagesAndVideos,
+    check_cls_dataset,
+    check_det_dataset,
+    classify_transforms,
+    quiet,
+)
+
+_BATCH = 16
+
+
+def images(
+    model: nn.Module, source: str | Path, *, image_size: int = 640, count: int = 256
+) -> list[Tensor]:
+    """Return batches [N, 3, image_size, image_size] of at most `count` images, without labels.
+
+    `source` is a folder, a file, a glob or a `.txt` list of images, or a data YAML (for
+    classification the folder of the data set), whose training images are taken. Images are drawn
+    at even distances, so that they are of all of the set. What `nampruner.prune` takes as `data`.
+
+    Raises:
+        NamPrunerError: no image is there.
+    """
+    paths = _paths(model, source)
+    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(count, len(paths)), dtype=int)]
+    fit = _fitting(model, image_size)
+    tensors = []
+    with quiet():
+        for path in chosen:
+            for _, pictures, _ in LoadImagesAndVideos(path, channels=3):
+                tensors += [fit(picture) for picture in pictures]
+    return list(torch.stack(tensors).split(_BATCH))
+
+
+def _fitting(model: nn.Module, size: int) -> Any:
+    if model.task == "classify":
+        transform = classify_transforms(size)
+        return lambda picture: transform(_picture(picture))
+    box = LetterBox(new_shape=(size, size), auto=False)
+
+    def letterboxed(picture: Any) -> Tensor:
+        rgb = np.ascontiguousarray(box(image=picture)[..., ::-1].transpose(2, 0, 1))
+        return torch.from_numpy(rgb).float() / 255
+
+    return letterboxed
+
+
+def _picture(bgr: Any) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(bgr[..., ::-1]))
+
+
+def _paths(model: nn.Module, source: str | Path) -> list[str]:
+    try:
+        with quiet():
+            found = _split(model, source)
+            files = [str(f) for part in found for f in LoadImagesAndVideos(part).files]
+    except Exception as error:  # Ultralytics raises all kinds, and they say what is wrong
+        raise NamPrunerError(
+            f"no images in {source}: {str(error).splitlines()[0]}; give a folder of images, a list "
+            "of them, or a data YAML"
+        ) from error
+    return sorted(files)
+
+
+def _split(model: nn.Module, source: str | Path) -> list[str]:
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        parts = check_det_dataset(path, autodownload=False)["train"]
+        return [str(part) for part in (parts if isinstance(parts, list) else [parts])]
+    if model.task == "classify" and (path / "train").is_dir():
+        return [str(Path(check_cls_dataset(path)["train"]) / "**" / "*.*")]
+    return [str(path)]
