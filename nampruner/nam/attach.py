@@ -89,7 +89,7 @@ def attach_sites(model: nn.Module, sites: Iterable[NamSite]) -> None:
         )
         like = next(host.parameters(), next(model.parameters(), torch.empty(0)))
         host.add_module(_CHILD, nam.to(like.device, like.dtype).train(host.training))
-        host.register_forward_hook(_apply)
+        host.register_forward_hook(apply_nam)
     known = {site.module: site for site in (*lineage(model).nam, *sites)}
     remember(model, nam=tuple(known.values()))
 
@@ -138,7 +138,8 @@ def _run_hooked(model: nn.Module, inputs: Inputs, handles: Iterable[RemovableHan
             handle.remove()
 
 
-def _apply(host: nn.Module, inputs: Any, output: Tensor) -> Any:
+def apply_nam(host: nn.Module, inputs: Any, output: Tensor) -> Any:
+    """Forward hook of a host: hand its output through its NAM."""
     return host.get_submodule(_CHILD)(output)
 
 
