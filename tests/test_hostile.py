@@ -222,6 +222,7 @@ ASKED: dict[str, tuple[Damage, str]] = {
         source("timm:resnet10t?pretrained_cfg_overlay={file: /etc/passwd}"),
         "would fetch",
     ),
+    "a file of YOLO's": (source("yolo:/etc/passwd.pt"), "would read weights"),
     "a cache": (source("timm:resnet10t?cache_dir=/tmp"), "would fetch"),
     "weights": (argument(weights="/etc/passwd"), "none that a network is built with"),
     "trust": (argument(trust_source=True), "none that a network is built with"),

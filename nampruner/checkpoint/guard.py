@@ -60,6 +60,8 @@ def check_origin(origin: Lineage) -> None:
     fetched = sorted(OF_WEIGHTS & set(source.arguments))
     if fetched:
         raise ValueError(f"{', '.join(fetched)} in {source.text!r} would fetch or read weights")
+    if source.family == "yolo" and source.name.endswith(".pt"):
+        raise ValueError(f"{source.text!r} would read weights; a network is built from its YAML")
     other = sorted(set(origin.arguments) - _ARGUMENTS)
     if other:
         raise ValueError(f"the argument {other[0]!r} is none that a network is built with")

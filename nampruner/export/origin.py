@@ -60,6 +60,11 @@ def origin_of(past: Lineage, original: str | None) -> Origin:
     spec = models.parse_spec(models.parse_spec(source).without(models.OF_WEIGHTS))
     if spec.family == "":
         return _built_in(spec, facts)
+    if spec.family == "yolo":
+        raise NamPrunerError(
+            f"{source} cannot go into a model.py; nampruner.yolo.save(model, 'x.pt') gives a file "
+            "that Ultralytics opens without nampruner"
+        )
     return _from_timm(spec, facts) if spec.family == "timm" else _from_torchvision(spec, facts)
 
 
