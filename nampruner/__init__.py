@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nampruner.models import build as build
     from nampruner.nam import NAM as NAM
     from nampruner.nam import attach_nam as attach_nam
+    from nampruner.nam import fold_nam as fold_nam
     from nampruner.nam import resample_nam as resample_nam
     from nampruner.penalty import SparsityPenalty as SparsityPenalty
     from nampruner.plan import Certificate as Certificate
@@ -70,6 +71,7 @@ _CONTENTS: dict[str, str] = {
     # keep and ship
     "save": "nampruner.checkpoint",
     "load": "nampruner.checkpoint",
+    "fold_nam": "nampruner.nam",
     "export_onnx": "nampruner.export",
     "export_pt2": "nampruner.export",
     "export_python": "nampruner.export",

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nampruner.errors import NamPrunerError, did_you_mean
 
@@ -23,6 +23,16 @@ Format = Literal["onnx", "pt2", "python"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Amount = Annotated[str, Field(coerce_numbers_to_str=True)]
+
+
+def _width(value: object) -> object:
+    """One message where pydantic has one for every kind of value."""
+    if value == "auto" or (str(value).isdigit() and int(str(value)) >= 1):
+        return value
+    raise ValueError("should be a whole number from 1 on, or auto")
+
+
+RoundTo = Annotated[int | Literal["auto"], BeforeValidator(_width)]
 
 
 class Options(BaseModel):
@@ -108,6 +118,13 @@ class PenaltyOptions(Options):
     """Share of the steps over which the strength rises linearly from 0."""
 
 
+class LatencyOptions(Options):
+    """How time is measured."""
+
+    threads: Positive = 1
+    """Threads of ONNX Runtime while latency is measured."""
+
+
 class SelectionOptions(Options):
     """Which channels go first, and which never."""
 
@@ -115,18 +132,18 @@ class SelectionOptions(Options):
     """Score that ranks the channels; auto is nam where NAM is attached, else bn."""
     allocation: Allocation = "global"
     """One ranking (global), one fraction for all layers (uniform) or cheapest first (error)."""
-    round_to: Positive = 8
-    """Kept widths are multiples of this."""
+    round_to: RoundTo = 8
+    """Kept widths are multiples of this; auto: of the steps of time, measured on this device."""
     floor: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Smallest fraction of a layer that stays."""
     ignore: tuple[str, ...] = ()
     """Globs of layers to leave alone."""
 
 
-TARGETS = ("ratio", "macs", "params")
+TARGETS = ("ratio", "macs", "params", "latency")
 
 
-class PruneOptions(SelectionOptions):
+class PruneOptions(LatencyOptions, SelectionOptions):
     """How much to cut, and what."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -135,6 +152,16 @@ class PruneOptions(SelectionOptions):
     """MACs that may remain: 50%, 0.5 or 2.1G."""
     params: Amount | None = None
     """Parameters that may remain: 50%, 0.5 or 1.2M."""
+    latency: Amount | None = None
+    """Time of the exported network that may remain, as measured on this device: 60%, 0.6 or 5ms."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measured_steps(cls, values: Any) -> Any:
+        """Whoever aims at time means the steps of time, unless a number is given."""
+        if not isinstance(values, dict) or values.get("latency") is None:
+            return values
+        return {"round_to": "auto", **values}
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -164,13 +191,6 @@ class FinetuneOptions(Options):
     """Peak learning rate of fine-tuning."""
 
 
-class LatencyOptions(Options):
-    """How time is measured."""
-
-    threads: Positive = 1
-    """Threads of ONNX Runtime while latency is measured."""
-
-
 class ExportOptions(Options):
     """The ONNX file and its proof."""
 
@@ -178,6 +198,8 @@ class ExportOptions(Options):
     """Real inputs on which ONNX Runtime is compared with PyTorch."""
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
     """Largest difference allowed, relative to the largest output."""
+    fold_gates: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """NAM gates that could be constants at a relative error of at most this become constants."""
 
 
 # pydantic lists the fields of the last base first: read these from right to left
@@ -187,12 +209,20 @@ class TrainCommand(RuntimeOptions, PenaltyOptions, TrainOptions, DataOptions, Mo
     """Everything `nampruner train` needs."""
 
 
-class RankCommand(RuntimeOptions, DataOptions, SelectionOptions):
+class RankCommand(RuntimeOptions, LatencyOptions, DataOptions, SelectionOptions):
     """Everything `nampruner rank` needs beside the checkpoint."""
+
+    # left out of what is merged into a recipe: it only adds a table
+    latency: Annotated[bool, Field(exclude=True)] = False
+    """Measure what one step of width saves in each layer, on this device."""
 
 
 class PruneCommand(RuntimeOptions, DataOptions, RecoveryOptions, PruneOptions):
     """Everything `nampruner prune` needs beside the checkpoint."""
+
+    # left out of what is merged into a recipe: the cut does not depend on it
+    onnx: Annotated[Path | None, Field(exclude=True)] = None
+    """Export the slim network there too, and time it against the dense one."""
 
 
 class FinetuneCommand(RuntimeOptions, DataOptions, OptimizerOptions, FinetuneOptions):
@@ -226,7 +256,6 @@ class ReportCommand(RuntimeOptions, DataOptions, LatencyOptions, ExportOptions):
 
 class RunCommand(
     RuntimeOptions,
-    LatencyOptions,
     ExportOptions,
     FinetuneOptions,
     RecoveryOptions,
@@ -294,7 +323,9 @@ def merged(base: dict[str, Any], given: Options, source: str) -> Recipe:
     """
     changes = given.model_dump(exclude_unset=True)
     if any(changes.get(name) is not None for name in TARGETS):
-        base = {key: value for key, value in base.items() if key not in TARGETS}
+        # a target in time brings rounding of its own
+        dropped = (*TARGETS, "round_to") if changes.get("latency") is not None else TARGETS
+        base = {key: value for key, value in base.items() if key not in dropped}
     return parse(Recipe, {**base, **changes}, source)
 
 

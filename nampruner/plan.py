@@ -23,6 +23,8 @@ class Request(Record):
     """MACs that may remain, as a fraction (`50%`, `0.5`) or absolute (`2.1G`)."""
     params: str | None = None
     """Parameters that may remain, likewise."""
+    latency: str | None = None
+    """Measured time that may remain, as a fraction or absolute (`5ms`)."""
 
 
 class Achieved(Record):
@@ -34,6 +36,9 @@ class Achieved(Record):
     """Fraction of the MACs that remains."""
     params: float
     """Fraction of the parameters that remains."""
+    latency: float | None = None
+    """Fraction of the time that remains, measured on the exported network; None where it was not
+    aimed at."""
 
 
 class Size(Record):
@@ -149,6 +154,17 @@ class FoldedGate(Record):
     """Whether it became that constant, in the layer before it."""
 
 
+class FoldedGates(Record):
+    """What it cost to make constants of the gates that hardly move."""
+
+    bound: float
+    """Largest error of a gate that was allowed."""
+    gates: tuple[FoldedGate, ...]
+    output_error: float
+    """‖folded - as it was‖ / ‖as it was‖ of the network's outputs on the inputs of the proof."""
+    top1_agreement: float
+
+
 class Parity(Record):
     """ONNX Runtime against PyTorch on real inputs."""
 
@@ -164,7 +180,9 @@ class Latency(Record):
 
     median_ms: float
     spread_ms: float
-    """Half of the distance between the 10th and the 90th percentile."""
+    """Of single runs: half of the distance between the 10th and the 90th percentile."""
+    error_ms: float | None = None
+    """Of the median: half of its 95 % interval, from turn to turn; None after too few turns."""
     runs: int
     threads: int
     batch: int
@@ -178,7 +196,7 @@ class PruningPlan(Record):
     format: Literal[1] = 1
     importance: str
     allocation: str
-    round_to: int
+    round_to: int | Literal["auto"]
     requested: Request
     achieved: Achieved
     before: Size
@@ -232,6 +250,8 @@ class PruneResult(Record):
     certificate: Certificate
     left_alone: tuple[LeftAlone, ...]
     checkpoint: str | None = None
+    faster: bool | None = None
+    """Whether the slim ONNX file is, beyond the noise; None where it was not timed."""
 
 
 class OnnxResult(Record):
@@ -241,6 +261,8 @@ class OnnxResult(Record):
     parity: Parity
     latency_ms: dict[str, float]
     """Median per candidate: `dense` and `slim`."""
+    folded: FoldedGates | None = None
+    """Only where gates were made constant."""
 
 
 class RunResult(PruneResult):

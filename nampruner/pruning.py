@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nampruner.aiming import settle_on_device
 from nampruner.baking import baked
 from nampruner.certificate import Forward, cost_of
 from nampruner.config import TARGETS, PruneOptions, parse
@@ -20,7 +21,7 @@ from nampruner.importance import Batches, Custom, score
 from nampruner.plan import PruningPlan
 from nampruner.progress import Progress
 from nampruner.recovery import find, fold_constants, judged
-from nampruner.settle import Cut, settle
+from nampruner.settle import Cut
 
 
 def plan_pruning(
@@ -34,7 +35,7 @@ def plan_pruning(
 ) -> PruningPlan:
     """Decide which channels go; `model` is not changed.
 
-    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`; and
+    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`, `latency`; and
     `allocation`, `round_to`, `floor`, `ignore`. `importance` may be a callable, see
     `nampruner.importance.score`.
 
@@ -47,7 +48,7 @@ def plan_pruning(
     model = baked(model)
     graph = trace(model, example_inputs, forward)
     scores = score(model, graph, importance, batches=batches)
-    return settle(model, graph, scores, chosen, example_inputs, forward).plan
+    return settle_on_device(model, graph, scores, chosen, example_inputs, forward=forward).plan
 
 
 def _options(importance: str | Custom, options: dict[str, Any]) -> PruneOptions:
@@ -80,7 +81,7 @@ def prune(
     graph = trace(model, example_inputs, forward)
     calibration = None if data is None else list(data)
     scores = score(model, graph, importance, batches=batches or calibration)
-    result = settle(model, graph, scores, chosen, example_inputs, forward)
+    result = settle_on_device(model, graph, scores, chosen, example_inputs, forward=forward)
     if calibration is not None:
         return restore(result, model, calibration, forward=forward)
     if forward is None:

@@ -15,9 +15,10 @@ from nampruner.latency import compare
 from nampruner.plan import (
     Achieved,
     Certificate,
+    FoldedGates,
     Latency,
     LayerRecovery,
-    Parity,
+    OnnxResult,
     PruneResult,
     PruningPlan,
     Request,
@@ -89,7 +90,7 @@ def before_after_rows(result: PruneResult) -> list[Row]:
         *_accuracy_rows(result),
         *_size_rows(result),
         *_latency_rows(result),
-        *(_parity_rows(result.onnx.parity) if isinstance(result, RunResult) else ()),
+        *(_onnx_rows(result.onnx) if isinstance(result, RunResult) else ()),
     ]
 
 
@@ -128,9 +129,28 @@ def _latency_rows(result: PruneResult) -> list[Row]:
     return [(label, milliseconds(dense), milliseconds(slim), str(compare(dense, slim)))]
 
 
-def _parity_rows(parity: Parity) -> list[Row]:
+def not_faster(result: PruneResult) -> str:
+    """Say that a slim network that was timed is not faster; nothing where it is."""
+    if result.faster is not False or not result.before.latency or not result.after.latency:
+        return ""
+    found = compare(result.before.latency, result.after.latency)
+    return f"The slim network is not faster: {found}"
+
+
+def _onnx_rows(onnx: OnnxResult) -> list[Row]:
+    parity = onnx.parity
     agreement = f"top-1 agrees on {percent(parity.top1_agreement)} of {parity.inputs} inputs"
-    return [("ONNX against PyTorch", "", f"{parity.max_relative:.1e} apart", agreement)]
+    rows = [("ONNX against PyTorch", "", f"{parity.max_relative:.1e} apart", agreement)]
+    return [*rows, ("NAM", "", "", folded_gates(onnx.folded))] if onnx.folded else rows
+
+
+def folded_gates(folded: FoldedGates) -> str:
+    """Say how many gates became constants, and what that did to the network's outputs."""
+    gone = sum(gate.constant for gate in folded.gates)
+    return (
+        f"{gone} of {len(folded.gates)} gates are constants; that moves the outputs by "
+        f"{percent(folded.output_error)}, top-1 agrees on {percent(folded.top1_agreement)}"
+    )
 
 
 def requested_and_achieved(requested: Request, achieved: Achieved) -> str:
@@ -139,8 +159,9 @@ def requested_and_achieved(requested: Request, achieved: Achieved) -> str:
         f"ratio {value:g}" if name == "ratio" else f"{name.replace('macs', 'MACs')} {value}"
         for name, value in requested.model_dump(exclude_none=True).items()
     ]
+    time = "" if achieved.latency is None else f"{100 * achieved.latency:.1f} % of the time, "
     return (
-        f"Requested {', '.join(asked) or 'nothing'}; achieved ratio {achieved.ratio:.3f}, "
+        f"Requested {', '.join(asked) or 'nothing'}; achieved ratio {achieved.ratio:.3f}, {time}"
         f"{100 * achieved.macs:.1f} % of the MACs "
         f"and {100 * achieved.params:.1f} % of the parameters remain"
     )
@@ -227,11 +248,13 @@ def _environment() -> Environment:
 
 
 def _finding(result: RunResult) -> str:
-    """Say the result in one line, the unwelcome part too."""
-    parts = [f"{100 * result.after.macs / result.before.macs:.0f} % of the MACs"]
+    """Say the result in one line, the unwelcome part first."""
+    warning = not_faster(result)
+    parts = [warning] if warning else []
+    parts += [f"{100 * result.after.macs / result.before.macs:.0f} % of the MACs"]
     if result.before.accuracy is not None and result.after.accuracy is not None:
         parts.append(f"{_points(result.before.accuracy, result.after.accuracy)} of accuracy")
-    if result.before.latency and result.after.latency:
+    if result.before.latency and result.after.latency and not warning:
         parts.append(f"latency: {compare(result.before.latency, result.after.latency)}")
     return " · ".join(parts)
 

@@ -8,14 +8,14 @@ and within one step of it.
 import heapq
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nampruner.config import PruneOptions
+from nampruner.config import TARGETS, PruneOptions
 from nampruner.errors import GraphError, NamPrunerError, did_you_mean
 from nampruner.graph import DependencyGraph, UnitGroup
 from nampruner.importance import Scores
@@ -24,6 +24,23 @@ from nampruner.plan import Achieved, LayerPlan, LeftAlone, PruningPlan, Request
 Bools = NDArray[np.bool_]
 Kept = NDArray[np.float64]
 
+Steps = Mapping[str, int]
+"""Module → width it should be a multiple of, as measured on a device."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device makes of widths, as measured on it."""
+
+    steps: Steps
+    time: Callable[[DependencyGraph], Callable[[Kept], float]] | None = None
+    """Graph → milliseconds as a function of the units [groups] that stay in each group."""
+    share: float = 1.0
+    """Of that time, how much may remain."""
+
+
+DEFAULT_STEP = 8
+"""Where nothing was measured of any layer that a group passes through."""
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -46,24 +63,57 @@ class Budget:
     least: float
 
 
-def select(graph: DependencyGraph, scores: Scores, options: PruneOptions) -> PruningPlan:
+def select(
+    graph: DependencyGraph, scores: Scores, options: PruneOptions, device: Device | None = None
+) -> PruningPlan:
     """Choose the units that go.
 
+    `device` is for `round_to="auto"` and for targets in time; see `nampruner.staircase`.
+
     Raises:
-        NamPrunerError: the target cannot be read or a glob matches nothing.
+        NamPrunerError: the target cannot be read, a glob matches nothing, or there is no device.
         GraphError: nothing in the network can be cut.
     """
     graph = ignore(graph, options.ignore)
     if not graph.groups:
         reasons = "; ".join(f"{row.layer}: {row.reason}" for row in graph.left_alone()[:5])
         raise GraphError(f"nothing in this network can be cut ({reasons})")
-    queues = [_steps(n, g, scores, options) for n, g in enumerate(graph.groups)]
+    quanta = [quantum(graph, group, _rounding(options, device)) for group in graph.groups]
+    queues = [
+        _steps(number, group, quanta[number], scores, options)
+        for number, group in enumerate(graph.groups)
+    ]
     full = np.array([len(group.units) for group in graph.groups], dtype=np.float64)
-    budget = _budget(graph, options, full)
+    budget = _budget(graph, options, full, device)
     removed = graph.mask([])
     for step in _taken(queues, budget, full, by_price=options.allocation == "error"):
         removed[step.units] = True
-    return describe(graph, scores, options, removed)
+    return describe(graph, scores, options, removed, quanta)
+
+
+def _rounding(options: PruneOptions, device: Device | None) -> Steps | int:
+    if options.round_to != "auto":
+        return options.round_to
+    if device is None:
+        raise NamPrunerError(
+            'round_to = "auto" rounds to what was measured on a device, and nothing was; give '
+            "a device, or a number such as 8"
+        )
+    return device.steps
+
+
+def quantum(graph: DependencyGraph, group: UnitGroup, rounding: Steps | int) -> int:
+    """Return how many units of a group go at a time, so that widths are multiples of a step.
+
+    The step is one number for all, or the largest of the layers that the group passes through.
+    """
+    step = rounding if isinstance(rounding, int) else _largest(graph, group, rounding)
+    return math.lcm(*(step // math.gcd(step, many) for many in group.produced))
+
+
+def _largest(graph: DependencyGraph, group: UnitGroup, steps: Steps) -> int:
+    modules = {graph.slots[number].name.rpartition(".")[0] for number in group.slots}
+    return max((steps[module] for module in modules if module in steps), default=DEFAULT_STEP)
 
 
 def _taken(
@@ -121,9 +171,10 @@ def _layers(graph: DependencyGraph, group: UnitGroup) -> set[str]:
     return {slot.name.rpartition(".")[0] for slot in slots} | {group.name}
 
 
-def _steps(number: int, group: UnitGroup, scores: Scores, options: PruneOptions) -> Iterator[Step]:
+def _steps(
+    number: int, group: UnitGroup, quantum: int, scores: Scores, options: PruneOptions
+) -> Iterator[Step]:
     """Steps of one group, least important units first, down to its floor."""
-    quantum = math.lcm(*(options.round_to // math.gcd(options.round_to, m) for m in group.produced))
     size = len(group.units)
     order = group.units[np.argsort(scores[group.units], kind="stable")]
     least = max(1, math.ceil(math.ceil(options.floor * size) / quantum)) * quantum
@@ -137,7 +188,17 @@ def _steps(number: int, group: UnitGroup, scores: Scores, options: PruneOptions)
         kept = after
 
 
-def _budget(graph: DependencyGraph, options: PruneOptions, full: Kept) -> Budget:
+def _budget(
+    graph: DependencyGraph, options: PruneOptions, full: Kept, device: Device | None
+) -> Budget:
+    if options.latency is not None:
+        if device is None or device.time is None:
+            raise NamPrunerError(
+                f"latency = {options.latency!r} is a target in time, and no time was measured; "
+                "give a device, or another target"
+            )
+        time = device.time(graph)
+        return Budget(time, device.share * time(full))
     for name, amount in (("macs", graph.cost.macs), ("params", graph.cost.params)):
         given = getattr(options, name)
         if given is not None:
@@ -175,12 +236,16 @@ def remaining(name: str, given: str, whole: float) -> float:
 
 
 def describe(
-    graph: DependencyGraph, scores: Scores, options: PruneOptions, removed: Bools
+    graph: DependencyGraph,
+    scores: Scores,
+    options: PruneOptions,
+    removed: Bools,
+    quanta: Sequence[int],
 ) -> PruningPlan:
     """Write a choice of units down as a plan."""
     before, after = graph.size(graph.mask([])), graph.size(removed)
     rows, alone = [], list(graph.left_alone())
-    for group in graph.groups:
+    for group, quantum in zip(graph.groups, quanta, strict=True):
         stays = group.units[~removed[group.units]]
         width = len(stays) * group.multiplicity
         threshold = float(scores[stays].min()) if width < group.width else None
@@ -192,16 +257,17 @@ def describe(
                 threshold=threshold,
             )
         )
-        if next(_steps(0, group, scores, options), None) is None:
-            step = f"{group.width} channels cannot shrink by a step of round_to {options.round_to}"
-            alone.append(LeftAlone(layer=group.name, reason=step))
+        if next(_steps(0, group, quantum, scores, options), None) is None:
+            step = quantum * group.multiplicity
+            why = f"{group.width} channels cannot shrink by a step of round_to {step}"
+            alone.append(LeftAlone(layer=group.name, reason=why))
     total = sum(row.width_before for row in rows)
     gone = total - sum(row.width_after for row in rows)
     return PruningPlan(
         importance=options.importance,
         allocation=options.allocation,
         round_to=options.round_to,
-        requested=Request(ratio=options.ratio, macs=options.macs, params=options.params),
+        requested=Request(**{name: getattr(options, name) for name in TARGETS}),
         achieved=Achieved(
             ratio=gone / total,
             macs=after.macs / max(before.macs, 1),

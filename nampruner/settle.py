@@ -18,8 +18,8 @@ from nampruner.graph import DependencyGraph, UnitGroup
 from nampruner.graph.graph import Bools
 from nampruner.importance import Scores
 from nampruner.lineage import lineage
-from nampruner.plan import Certificate, PruningPlan
-from nampruner.selection import select
+from nampruner.plan import Certificate, PruningPlan, Repair
+from nampruner.selection import Device, select
 from nampruner.surgery import cut, find_repairs
 
 _NARROW = ("convolution", "split", "split_with_sizes", "slice", "native_group_norm")
@@ -45,6 +45,7 @@ def settle(
     options: PruneOptions,
     example_inputs: Any,
     forward: Forward | None = None,
+    device: Device | None = None,
 ) -> Cut:
     """Select, cut and certify; freeze what is at fault and select again until the cut is exact.
 
@@ -53,7 +54,7 @@ def settle(
     """
     trial = _Trial(model, example_inputs, forward)
     while True:
-        plan = select(graph, scores, options)
+        plan = select(graph, scores, options, device)
         plan = plan.model_copy(update={"baked": lineage(model).baked})
         attempt = trial.attempt(graph, plan)
         if isinstance(attempt, Cut):
@@ -72,17 +73,17 @@ class _Trial:
     def attempt(self, graph: DependencyGraph, plan: PruningPlan) -> Cut | CertificateError:
         """Carry the plan out, repairing as few literals as make it exact."""
         removed = _removed_units(graph, plan)
-        tried, failure = set(), CertificateError("nothing was tried")
+        failures: dict[tuple[Repair, ...], CertificateError] = {}
         for ops in _REPAIRS:
             repairs = find_repairs(self.model, graph, removed, ops)
-            if repairs in tried:
+            if repairs in failures:
                 continue
-            tried.add(repairs)
             found = self._certified(graph, plan.model_copy(update={"repairs": repairs}))
             if isinstance(found, Cut):
                 return self._without_coincidences(found)
-            failure = found
-        return failure
+            failures[repairs] = found
+        # with the most repairs it came furthest
+        return failures[max(failures, key=len)]
 
     def _certified(self, graph: DependencyGraph, plan: PruningPlan) -> Cut | CertificateError:
         slim = cut(self.model, plan)
@@ -128,15 +129,20 @@ def _without_culprits(
     def holds(groups: Sequence[UnitGroup]) -> bool:
         return isinstance(attempt(groups), Cut)
 
-    good, suspects = [g for g in graph.groups if removed[g.units].any()], []
+    good = [group for group in graph.groups if removed[group.units].any()]
+    suspects: list[list[UnitGroup]] = []
     found: Cut | CertificateError = failure
     while good and isinstance(found, CertificateError):
         # a network that does not run tells where; what only computes something else does not
-        near = _near(graph, good, found.module) or good
-        suspects += near
-        good = [group for group in good if group not in near]
+        near = _near(graph, good, found.module)
+        suspects += [[group] for group in near] if near else [good]
+        good = [group for group in good if near and group not in near]
         found = attempt(good)
-    bad = culprits(suspects, holds, good)
+    bad: list[UnitGroup] = []
+    for part in suspects:
+        wrong = culprits(part, holds, good)
+        good = [*good, *(group for group in part if group not in wrong)]
+        bad += wrong
     if not bad:
         raise failure
     for group in bad:

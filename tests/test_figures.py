@@ -15,6 +15,7 @@ from nampruner.figures import (
     recovered,
     save,
     scale_factor_histogram,
+    staircase,
     svg,
     training_curves,
     widths,
@@ -22,6 +23,7 @@ from nampruner.figures import (
 from nampruner.figures.factors import edges, magnitudes
 from nampruner.figures.style import shortened
 from nampruner.plan import Achieved, LayerPlan, LayerRecovery, PruningPlan, Request, Size
+from nampruner.staircase import Geometry, Staircase, Stairs
 
 DENSE = {
     "layer1.bn": np.array([0.0, 0.0, 0.5, -1.0, 1e-3]),
@@ -239,3 +241,22 @@ def test_recovery_is_drawn_layer_by_layer() -> None:
     widths = [patch.get_width() for patch in axes.patches]
     assert widths == [100.0, 100.0, 50.0, 100.0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["layer0.conv", "layer1.conv"]
+
+
+def test_staircase_has_a_panel_per_kind_and_names_its_steps() -> None:
+    shape = {"groups": 1, "stride": (1, 1), "dilation": (1, 1), "size": (7, 7)}
+    dense = Geometry(inputs=32, outputs=32, kernel=(3, 3), **shape)
+    pointwise = Geometry(inputs=16, outputs=16, kernel=(1, 1), **shape)
+    stairs = (
+        Stairs(geometry=dense, layers=2, widths=(32, 24, 16), ms=(4.0, 3.0, 2.0)),
+        Stairs(geometry=pointwise, layers=1, widths=(16, 12, 8), ms=(2.0, 2.0, 2.0)),
+    )
+    figure = staircase(Staircase(threads=1, stairs=stairs))
+
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "dense: step 8",
+        "pointwise: step 8",
+    ]
+    (line,) = [each for each in figure.axes[0].lines if len(each.get_xdata()) == 3]
+    assert list(line.get_ydata()) == [1.0, 0.75, 0.5]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "8", "16"]

@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from nampruner import latency
 from nampruner.errors import NamPrunerError
+from nampruner.latency import clock as stopwatch
 from nampruner.latency import compare, measure, summarize
 from nampruner.plan import Latency
 
@@ -27,7 +27,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     puppet = Clock()
-    monkeypatch.setattr(latency, "perf_counter", puppet)
+    monkeypatch.setattr(stopwatch, "perf_counter", puppet)
     return puppet
 
 
@@ -86,12 +86,21 @@ def test_a_slow_network_is_not_measured_forever(clock: Clock) -> None:
     assert log.count("a") == 2 + 5 * 2
 
 
+def test_the_time_per_candidate_can_be_given(clock: Clock) -> None:
+    both, log = pair(clock, 0.0041, 0.0022)
+
+    measure(both, torch.zeros(1, 1), rounds=5, seconds=0.1)
+
+    # turns of 0.02 s hold four and nine runs; six at the start warm up
+    assert (log.count("a"), log.count("b")) == (6 + 5 * 4, 6 + 5 * 9)
+
+
 def test_a_fast_network_does_not_exceed_its_time(clock: Clock) -> None:
     both, _ = pair(clock, 1e-5, 1e-2)
 
     measure(both, torch.zeros(1, 1))
 
-    assert clock.now <= 2 * latency.SECONDS_PER_CANDIDATE * 1.2
+    assert clock.now <= 2 * stopwatch.SECONDS_PER_CANDIDATE * 1.2
 
 
 def test_threads_and_modes_are_set_and_put_back(clock: Clock) -> None:
@@ -112,7 +121,7 @@ def test_threads_and_modes_are_set_and_put_back(clock: Clock) -> None:
 def test_an_onnx_file_is_timed_beside_a_module(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "_MOST_RUNS_PER_TURN", 2)
+    monkeypatch.setattr(stopwatch, "_MOST_RUNS_PER_TURN", 2)
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 2]) for n in "xy")
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -141,12 +150,32 @@ def test_less_than_one_thread_or_round_is_refused(wrong: dict[str, int]) -> None
 def test_summary_is_median_and_half_the_central_range() -> None:
     seconds = [0.001 * value for value in (5, 1, 2, 3, 4, 6, 7, 8, 9, 10, 100)]
 
-    found = summarize(seconds, threads=2, batch=8, runtime="r")
+    found = summarize([seconds[:4], seconds[4:]], threads=2, batch=8, runtime="r")
 
     assert found.median_ms == pytest.approx(6.0)
     # Of eleven sorted values the 10th and 90th percentile are the second and the tenth: 2 and 10.
     assert found.spread_ms == pytest.approx(4.0)
     assert (found.runs, found.threads, found.batch) == (11, 2, 8)
+    assert found.error_ms is None  # two turns say nothing about the next
+
+
+@pytest.mark.parametrize(("turns", "half"), [(5, 2.0), (20, 4.5)])
+def test_the_error_is_the_sign_tests_interval_of_turns(turns: int, half: float) -> None:
+    # medians 1, 2, … ms; of 20 the 6th to the 15th hold the true median at 95 %, of 5 all
+    medians = [0.001 * (n + 1) for n in range(turns)][::-1]
+    seconds = [[m, m, m - 1e-4, m + 1.0] for m in medians]
+
+    found = summarize(seconds, threads=1, batch=1, runtime="r")
+
+    assert found.error_ms == pytest.approx(half)
+    assert found.spread_ms > 100
+
+
+def test_what_is_known_of_the_median_goes_before_the_spread() -> None:
+    sure = {"spread_ms": 5.0, "error_ms": 0.01}
+    slow, fast = (taken(m, 0).model_copy(update=sure) for m in (1.0, 0.9))
+    assert compare(slow, fast).faster
+    assert not compare(taken(1.0, 5.0), taken(0.9, 5.0)).faster
 
 
 def taken(median_ms: float, spread_ms: float, threads: int = 1) -> Latency:

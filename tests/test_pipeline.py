@@ -141,15 +141,43 @@ def test_the_same_from_the_recipe_file_and_the_flags(
 ) -> None:
     folder, result = finished
     for line in ([str(folder / "recipe.yaml")], FLAGS):
-        assert call(["run", *line, "--out", str(folder), "--json"]) == 0
+        line = ["run", *line, "--out", str(folder), "--allow-slower", "--json"]
+        assert call(line) == 0
         shown = json.loads(capsys.readouterr().out)
         assert shown == json.loads(result.model_dump_json(exclude_none=True))
-    assert call(["run", *FLAGS, "--out", str(folder)]) == 0
+    assert call(["run", *FLAGS, "--out", str(folder), "--allow-slower"]) == 0
     out, err = capsys.readouterr()
     assert "is finished" in err
     assert all(
         label in out for label in ("test accuracy", "params", "MACs", "ONNX file", "latency")
     )
+
+
+def test_a_run_that_is_not_faster_says_so_first_and_exits_with_two(
+    finished: tuple[Path, RunResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, result = finished
+    assert result.faster is not None
+    assert result.before.latency
+    slow = result.before.latency.model_copy(update={"median_ms": 2.0, "error_ms": 0.01})
+    fast = slow.model_copy(update={"median_ms": 1.0})
+    for after, faster in ((fast, True), (slow, False)):
+        columns = {
+            "before": result.before.model_copy(update={"latency": slow}),
+            "after": result.after.model_copy(update={"latency": after}),
+        }
+        told = result.model_copy(update={**columns, "faster": faster})
+        copied = tmp_path / str(faster)
+        copied.mkdir()
+        (copied / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
+        (copied / "result.json").write_text(told.model_dump_json())
+        line = ["run", *FLAGS, "--out", str(copied)]
+
+        assert call(line) == (0 if faster else 2)
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith("The slim network is not faster") is not faster
+        assert call([*line, "--allow-slower", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["faster"] is faster
 
 
 # Each kills the process at its worst moment: state written, weights half written, record missing …
@@ -212,7 +240,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
 ) -> None:
     undisturbed, expected = finished
     folder = tmp_path / "again"
-    line = ["run", *FLAGS, "--out", str(folder), "--json"]
+    line = ["run", *FLAGS, "--out", str(folder), "--allow-slower", "--json"]
 
     def go(killer: str) -> subprocess.CompletedProcess[str]:
         code = LIVE.format(killer=killer)
@@ -230,7 +258,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     assert done.returncode == 0, done.stderr
     result: Any = json.loads(done.stdout)
     assert result["after"]["accuracy"] == expected.after.accuracy
-    assert result["achieved"] == expected.achieved.model_dump()
+    assert result["achieved"] == expected.achieved.model_dump(exclude_none=True)
     for name in ("dense", "slim"):
         ours, theirs = weights(folder / name), weights(undisturbed / name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

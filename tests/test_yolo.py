@@ -1,6 +1,7 @@
 """YOLO networks: exact cuts, NAM in YAMLs and hooks, files for others, training that keeps them."""
 
 import copy
+import importlib.util
 import os
 import pickle
 import re
@@ -20,19 +21,27 @@ from torch import Tensor, nn
 from zoo import lively
 
 import nampruner
+from nampruner.config import Recipe
 from nampruner.errors import NamPrunerError
 from nampruner.lineage import lineage
 from nampruner.nam import nam_modules
+from nampruner.pipeline import job
 
 # Ultralytics writes its settings where this says, and at home otherwise
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo-settings-"))
 os.environ["YOLO_VERBOSE"] = "false"
+if importlib.util.find_spec("ultralytics") is None:
+    pytest.skip("needs the extra: pip install 'nampruner[yolo]'", allow_module_level=True)
+before = Image.open, torch.save
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    pytest.importorskip("ultralytics", reason="needs the extra: pip install 'nampruner[yolo]'")
+    from nampruner import yolo
+    from nampruner.yolo import network, row, source, trainers
 
-from nampruner import yolo
-from nampruner.yolo import network, row, source, trainers
+
+def test_an_import_leaves_other_libraries_alone() -> None:
+    assert (Image.open, torch.save) == before
+
 
 SIZE = 64
 NETWORKS = {
@@ -469,3 +478,11 @@ def test_without_ultralytics_the_extra_is_named(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "ultralytics", None)
     with pytest.raises(NamPrunerError, match=re.escape("pip install 'nampruner[yolo]'")):
         runpy.run_path(str(Path(yolo.__file__).parent / "library.py"))
+
+
+def test_what_needs_another_way_is_refused_with_it(slim: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(NamPrunerError, match=r"yolo\.save"):
+        nampruner.export_python(slim, tmp_path / "python", picture())
+    recipe = Recipe(model="yolo:yolov8n.yaml", data="digits")
+    with pytest.raises(NamPrunerError, match=r"nampruner\.yolo: train"):
+        job.build(job.prepare(recipe))

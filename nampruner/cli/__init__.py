@@ -29,7 +29,7 @@ def call(arguments: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             _hear_only_ours()
-            app(list(arguments), exit_on_error=False, print_error=False, verbose=False)
+            status = app(list(arguments), exit_on_error=False, print_error=False, verbose=False)
     except CycloptsError as error:
         complain(_message(error))
         return 2
@@ -42,7 +42,7 @@ def call(arguments: Sequence[str]) -> int:
     except Exception:
         traceback.print_exc()
         return 1
-    return 0
+    return status or 0
 
 
 def _message(error: CycloptsError) -> str:

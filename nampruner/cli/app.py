@@ -6,13 +6,22 @@ Options come from `nampruner.config`: a flag is the field of a class there.
 # ruff: noqa: B008  (the defaults are frozen)
 
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from nampruner import console
+from nampruner.cli.parameters import (
+    FLAT,
+    ORDER,
+    AllowSlower,
+    Checkpoint,
+    Json,
+    Out,
+    Trust,
+    examples,
+)
 from nampruner.config import (
     BenchCommand,
     EvaluateCommand,
@@ -24,27 +33,21 @@ from nampruner.config import (
     RunCommand,
     TrainCommand,
 )
-
-_FLAT = Parameter(name="*")
-_ORDER = count()
-"""Help lists the commands as they stand here."""
-Out = Annotated[Path | None, Parameter(help="Where the result goes.")]
-Checkpoint = Annotated[Path, Parameter(help="Folder of a checkpoint.")]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object.")]
-Trust = Annotated[
-    bool,
-    Parameter(negative="", help="Run the code that a checkpoint or recipe names as its source."),
-]
+from nampruner.plan import PruneResult
 
 
-def _examples(*lines: str) -> str:
-    return "\n".join(["Examples:", "", "```", *lines, "```"])
+def _status(result: PruneResult, *, allow_slower: bool) -> int:
+    """A slim network that was timed and is not faster is something the user can put right."""
+    if result.faster is not False or allow_slower:
+        return 0
+    console.tell("It is not faster here: prune more, or in larger steps; or --allow-slower")
+    return 2
 
 
 app = App(
     name="nampruner",
     help="Train with NAM, read the scale factors, prune CNN channels exactly, recover, export.",
-    help_epilogue=_examples(
+    help_epilogue=examples(
         "nampruner run", "nampruner prune --ratio 0.3", "nampruner bench runs/x/dense runs/x/slim"
     ),
     version=lambda: version("nampruner"),
@@ -55,8 +58,8 @@ app = App(
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner run",
         "nampruner run --data fashion-mnist --epochs 6 --finetune-epochs 2",
         "nampruner run my/recipe.yaml --macs 50% --out runs/half",
@@ -66,11 +69,12 @@ def run(
     recipe: Annotated[Path | None, Parameter(help="A recipe.yaml; flags go before it.")] = None,
     /,
     *,
-    flags: Annotated[RunCommand, _FLAT] = RunCommand(),
+    flags: Annotated[RunCommand, FLAT] = RunCommand(),
     out: Out = None,
+    allow_slower: AllowSlower = False,
     json: Json = False,
     trust_source: Trust = False,
-) -> None:
+) -> int:
     """Go the whole way: train, prune, recover, fine-tune, export, report.
 
     The folder is named after the options, so the same command goes on with its own unfinished run.
@@ -83,11 +87,12 @@ def run(
     result, folder = run_command(base, flags, out, trust=trust_source, progress=progress)
     console.show(result, *console.before_after(result), as_json=json)
     progress.note(f"Everything is in {folder}; {folder / 'report.html'} shows it")
+    return _status(result, allow_slower=allow_slower)
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner train",
         "nampruner train --model timm:resnet18 --data my/images --out my/dense",
         "nampruner train --model timm:resnet18 --weights my/weights.pth",
@@ -95,7 +100,7 @@ def run(
 )
 def train(
     *,
-    flags: Annotated[TrainCommand, _FLAT] = TrainCommand(),
+    flags: Annotated[TrainCommand, FLAT] = TrainCommand(),
     out: Out = None,
     json: Json = False,
     trust_source: Trust = False,
@@ -111,22 +116,28 @@ def train(
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner rank runs/x/dense",
         "nampruner rank runs/x/dense --importance magnitude --out scores.png",
+        "nampruner rank runs/x/dense --latency",
     ),
 )
 def rank(
     checkpoint: Checkpoint,
     /,
     *,
-    flags: Annotated[RankCommand, _FLAT] = RankCommand(),
-    out: Annotated[Path | None, Parameter(help="PNG of the histogram.")] = None,
+    flags: Annotated[RankCommand, FLAT] = RankCommand(),
+    out: Annotated[
+        Path | None, Parameter(help="PNG of the histogram; with --latency also of the staircase.")
+    ] = None,
     json: Json = False,
     trust_source: Trust = False,
 ) -> None:
-    """Score every channel and say what some ratios would do. Nothing is touched."""
+    """Score every channel and say what some ratios would do. Nothing is touched.
+
+    With --latency it measures, once per device, where fewer channels are less time.
+    """
     from nampruner.pipeline.look import draw_scores, rank_path
 
     ranking = rank_path(checkpoint, flags, trust=trust_source, progress=console.progress())
@@ -136,11 +147,11 @@ def rank(
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner prune --ratio 0.3",
         "nampruner prune runs/x/dense --macs 50% --ignore 'layer1.*' --dry-run",
-        "nampruner prune runs/x/dense --params 1.2M --out my/slim --json",
+        "nampruner prune runs/x/dense --params 1.2M --out my/slim --onnx slim.onnx",
     ),
 )
 def prune(
@@ -150,12 +161,13 @@ def prune(
     ] = None,
     /,
     *,
-    flags: Annotated[PruneCommand, _FLAT] = PruneCommand(),
+    flags: Annotated[PruneCommand, FLAT] = PruneCommand(),
     dry_run: Annotated[bool, Parameter(negative="", help="Show the plan; write nothing.")] = False,
     out: Out = None,
+    allow_slower: AllowSlower = False,
     json: Json = False,
     trust_source: Trust = False,
-) -> None:
+) -> int:
     """Cut channels out, certify the cut, and recover without training.
 
     Without a checkpoint anywhere it trains the embedded default first.
@@ -166,15 +178,16 @@ def prune(
     if dry_run:
         result, plan = plan_command(checkpoint, flags, trust=trust_source, progress=progress)
         console.show(result, console.plan_table(plan), *console.before_after(result), as_json=json)
-        return
+        return 0
     result = prune_command(checkpoint, flags, out, trust=trust_source, progress=progress)
     console.show(result, *console.before_after(result), as_json=json)
     progress.note(f"The checkpoint is in {result.checkpoint}")
+    return _status(result, allow_slower=allow_slower)
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner finetune runs/x/dense-ratio0.3",
         "nampruner finetune my/slim --finetune-epochs 10 --out my/tuned",
     ),
@@ -183,7 +196,7 @@ def finetune(
     checkpoint: Checkpoint,
     /,
     *,
-    flags: Annotated[FinetuneCommand, _FLAT] = FinetuneCommand(),
+    flags: Annotated[FinetuneCommand, FLAT] = FinetuneCommand(),
     out: Out = None,
     json: Json = False,
     trust_source: Trust = False,
@@ -197,8 +210,8 @@ def finetune(
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner evaluate runs/x/slim",
         "nampruner evaluate runs/x/model.onnx --data my/images",
     ),
@@ -207,7 +220,7 @@ def evaluate(
     path: Annotated[Path, Parameter(help="A checkpoint or an ONNX file.")],
     /,
     *,
-    flags: Annotated[EvaluateCommand, _FLAT] = EvaluateCommand(),
+    flags: Annotated[EvaluateCommand, FLAT] = EvaluateCommand(),
     json: Json = False,
     trust_source: Trust = False,
 ) -> None:
@@ -219,8 +232,8 @@ def evaluate(
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner export runs/x/slim --out model.onnx",
         "nampruner export runs/x/slim --parity-inputs 256 --tolerance 1e-5",
         "nampruner export runs/x/slim --format python --out my/network",
@@ -230,7 +243,7 @@ def export(
     checkpoint: Checkpoint,
     /,
     *,
-    flags: Annotated[ExportCommand, _FLAT] = ExportCommand(),
+    flags: Annotated[ExportCommand, FLAT] = ExportCommand(),
     out: Annotated[Path | None, Parameter(help="The file; for python, the folder.")] = None,
     json: Json = False,
     trust_source: Trust = False,
@@ -240,19 +253,19 @@ def export(
 
     progress = console.progress()
     found = export_command(checkpoint, flags, out, trust=trust_source, progress=progress)
-    console.show(found, console.exported(found), as_json=json)
+    console.show(found, *console.exported(found), as_json=json)
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner bench runs/x/dense runs/x/slim",
         "nampruner bench before.onnx after.onnx --threads 4 --batch 8",
     ),
 )
 def bench(
     *paths: Annotated[Path, Parameter(help="Checkpoints or ONNX files; the first is the measure.")],
-    flags: Annotated[BenchCommand, _FLAT] = BenchCommand(),
+    flags: Annotated[BenchCommand, FLAT] = BenchCommand(),
     json: Json = False,
     trust_source: Trust = False,
 ) -> None:
@@ -264,8 +277,8 @@ def bench(
 
 
 @app.command(
-    sort_key=next(_ORDER),
-    help_epilogue=_examples(
+    sort_key=next(ORDER),
+    help_epilogue=examples(
         "nampruner report runs/x",
         "nampruner report runs/x/dense-ratio0.3 --out cut.html",
     ),
@@ -274,7 +287,7 @@ def report(
     path: Annotated[Path, Parameter(help="Folder of a run, or a pruned checkpoint.")],
     /,
     *,
-    flags: Annotated[ReportCommand, _FLAT] = ReportCommand(),
+    flags: Annotated[ReportCommand, FLAT] = ReportCommand(),
     out: Annotated[Path | None, Parameter(help="The HTML file.")] = None,
     trust_source: Trust = False,
 ) -> None:

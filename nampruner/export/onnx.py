@@ -30,6 +30,7 @@ from nampruner.export.parity import (
     tensors_of,
 )
 from nampruner.latency import Array, device_of, feeds, open_session
+from nampruner.nam import fold_nam, nam_modules
 from nampruner.plan import Parity
 from nampruner.progress import Progress, Silent
 
@@ -49,7 +50,8 @@ def export_onnx(
 ) -> Parity:
     """Write `model` as one ONNX file with a free batch size, and prove it on `inputs`.
 
-    The model is exported in eval mode and left as it was: modes, device, gradients, hooks.
+    The model is exported in eval mode and left as it was: modes, device, gradients, hooks. NAM is
+    folded, see `nampruner.fold_nam`; the proof is against the model as it was given.
 
     Args:
         example_inputs: a batch [N, …], or a tuple of them; only its shape and type matter.
@@ -68,7 +70,7 @@ def export_onnx(
     real = example if inputs is None else as_tuple(inputs)
     steps = 2 + len(batches_of(real))
     with (progress or Silent()).bar("export", steps) as bar, settled(model):
-        proto = _traced(model, example)
+        proto = _traced(fold_nam(model).model if nam_modules(model) else model, example)
         bar.advance()
         proto = _simplified(proto)
         onnx.helper.set_model_props(proto, dict(metadata or {}))

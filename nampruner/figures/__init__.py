@@ -6,6 +6,7 @@ imported when a figure is made, and pyplot never: no backend is chosen, no figur
 
 from nampruner.figures.factors import layer_histograms, scale_factor_histogram
 from nampruner.figures.network import recovered, training_curves, widths
+from nampruner.figures.stairs import staircase
 from nampruner.figures.style import save, svg
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "recovered",
     "save",
     "scale_factor_histogram",
+    "staircase",
     "svg",
     "training_curves",
     "widths",

@@ -17,6 +17,7 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from nampruner.errors import NamPrunerError, NoEffectWarning
@@ -31,6 +32,16 @@ def attention_weight(scale: Tensor, removed: Tensor | None = None) -> Tensor:
     total = size.sum() if removed is None else size.sum() + removed
     # The sum is replaced before the division: a NaN made and masked afterwards has NaN gradients.
     return size / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _gated(x: Tensor, normalized: Tensor) -> Tensor:
+    """Return x · sigmoid(normalized) in the type of x."""
+    return (x * torch.sigmoid(normalized)).to(x.dtype)
+
+
+def _wide(normalized: Tensor) -> Tensor:
+    """Under autocast the gate is float32: near ½ half precision has too few steps for it."""
+    return normalized.to(torch.promote_types(normalized.dtype, torch.float32))
 
 
 @channelwise
@@ -57,9 +68,11 @@ class ChannelNAM(nn.Module):
         return weight.detach() if self.detach_weight else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.attention_weight().view(1, -1, 1, 1) * self.bn(x))
-        # Under autocast the gate is float32: near ½ half precision has too few steps for it.
-        return (x * gate).to(x.dtype)
+        weight = self.attention_weight()
+        if self.training:  # w · BN(x) is a BN with factors w·γ and w·β: one pass less, two back
+            factors = {"weight": weight * self.bn.weight, "bias": weight * self.bn.bias}
+            return _gated(x, _wide(functional_call(self.bn, factors, (x,))))
+        return _gated(x, weight.view(1, -1, 1, 1) * self.bn(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChannelNAM":
         removed = self.removed
@@ -130,14 +143,14 @@ class SpatialNAM(nn.Module):
                 train on.
         """
         self._check(x)
-        mean, var = self._batch_statistics(x) if self.training else self._statistics()
-        slope = self.weight * torch.rsqrt(var + self.eps)
-        shift = self.bias - mean * slope
         weight = self.attention_weight()
+        if self.training:
+            return _gated(x, _wide(self._normalized(x, weight)))
+        slope = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * slope
         # w · BN_s(x) is one multiply-add with maps [1, 1, H, W]; no memory format is disturbed.
         shape = (1, 1, self.height, self.width)
-        gate = torch.sigmoid(x * (weight * slope).view(shape) + (weight * shift).view(shape))
-        return (x * gate).to(x.dtype)
+        return _gated(x, x * (weight * slope).view(shape) + (weight * shift).view(shape))
 
     def _check(self, x: Tensor) -> None:
         if tuple(x.shape[-2:]) != (self.height, self.width):
@@ -152,25 +165,31 @@ class SpatialNAM(nn.Module):
                 "give a larger batch or call model.eval()"
             )
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        return self.running_mean, self.running_var
+    def _normalized(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return w · BN_s(x) by the statistics of the batch, and follow them.
 
-    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(wide, dim=(0, 1), correction=0)
-        mean, var = mean.flatten(), var.flatten()
-        self._track(mean, var, x.shape[0] * x.shape[1])
-        return mean, var
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        Pixels become the features of a batch norm in a view, in either memory format.
+        """
         self.num_batches_tracked += 1
         step = self.momentum
         if step is None:  # as in BN: the average of all batches since the reset
             step = 1.0 / float(self.num_batches_tracked)
-        unbiased = var * (count / (count - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        view = x.permute(0, 2, 3, 1).flatten(1, 2) if last else x.flatten(2).flatten(0, 1)
+        found = F.batch_norm(
+            view,
+            self.running_mean,
+            self.running_var,
+            weight * self.weight,
+            weight * self.bias,
+            training=True,
+            momentum=step,
+            eps=self.eps,
+        )
+        count, channels, height, width = x.shape
+        if last:
+            return found.view(count, height, width, channels).permute(0, 3, 1, 2)
+        return found.view(count, channels, height, width)
 
     @torch.no_grad()
     def resample(self, height: int, width: int) -> None:

@@ -27,7 +27,7 @@ from nampruner.pipeline.folders import (
     workshop,
 )
 from nampruner.pipeline.job import Job, Loaded, load, prepare, resume, trusted
-from nampruner.pipeline.publish import Exported, check_export_path
+from nampruner.pipeline.publish import Exported, check_export_path, scratch, timed
 from nampruner.pipeline.stages import Made, check, made, make, planned, prune_result
 from nampruner.pipeline.whole import run, trained
 from nampruner.plan import PruneResult, PruningPlan, RunResult
@@ -80,13 +80,23 @@ def prune_command(
 ) -> PruneResult:
     """Prune a checkpoint: the one given, the newest, or one of the embedded default.
 
+    Where `flags` name an ONNX file, the slim network is exported there and timed against the dense.
+
     Raises:
         NamPrunerError: there is no target, or see the stage.
     """
+    if flags.onnx is not None:
+        check_export_path(flags.onnx, "onnx")
     job, dense = _opened(source, flags, trust=trust, progress=progress)
     target = out or cut_name(dense.folder, job.recipe)
     make(job, target, dense.folder, lambda: stages.prune(job, dense, target))
-    return prune_result(load(target, trust=trust))
+    slim = load(target, trust=trust)
+    if flags.onnx is None:
+        return prune_result(slim)
+    with scratch() as folder:
+        # the network that was cut is not what was read: it lies on the device, its weights baked
+        whole = load(dense.folder, trust=trust)
+        return timed(job, whole, slim, Path(folder) / "dense.onnx", flags.onnx).result
 
 
 def plan_command(
@@ -145,11 +155,12 @@ def export_command(
     Raises:
         NamPrunerError: see the stage.
     """
-    if flags.format == "python" and "tolerance" in flags.model_fields_set:
-        raise NamPrunerError(
-            "--tolerance does not apply to --format python, whose outputs must be the same bits; "
-            "leave it out"
-        )
+    for option in ("tolerance", "fold_gates"):
+        if flags.format == "python" and option in flags.model_fields_set:
+            raise NamPrunerError(
+                f"{flag(option)} does not apply to --format python, whose outputs must be the same "
+                "bits; leave it out"
+            )
     path = out or source.with_name(f"{source.name}{_ENDINGS[flags.format]}")
     check_export_path(path, flags.format)
     job, found = resume(source, flags, trust=trust, progress=progress)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nampruner import checkpoint, models
+from nampruner.aiming import known_device
 from nampruner.baking import bake
 from nampruner.checkpoint import CheckpointRecord, InputSpec
 from nampruner.config import DataOptions, Options, Recipe, merged
@@ -20,6 +21,8 @@ from nampruner.models.weights import named
 from nampruner.nam import attach_nam
 from nampruner.pipeline.folders import require_checkpoint
 from nampruner.progress import Progress, Silent
+from nampruner.selection import Device, Steps
+from nampruner.staircase import Bench, Staircase, layers_of, module_steps, staircase
 from nampruner.training import check_match, evaluate, resolve_device
 from nampruner.training.surroundings import own_chance, seed_all
 
@@ -68,6 +71,17 @@ class Job:
         method = self.recipe.importance
         batches = self.labelled() if method in ("taylor", "reconstruction") else None
         return score(model, graph, method, batches=batches, seed=self.recipe.seed)
+
+    def measured(self, model: nn.Module) -> Device | None:
+        """Measure what the recipe needs to know of this device; it is cached."""
+        return known_device(model, self.recipe, self.examples(), self.progress)
+
+    def staircase(self, model: nn.Module) -> tuple[Staircase, Steps]:
+        """Measure how time follows width for the layers of `model`: the curves, and the steps."""
+        layers = layers_of(model, self.examples())
+        bench = Bench(threads=self.recipe.threads)
+        found = staircase(layers.values(), bench, self.progress)
+        return found, module_steps(layers, found)
 
     def accuracy(self, model: nn.Module, which: str) -> float:
         """Return the share of the test images that the `which` model classifies right; say it."""
@@ -156,6 +170,11 @@ def build(job: Job) -> nn.Module:
         NamPrunerError: see `nampruner.models.build`, `load_weights` and `attach_nam`.
     """
     recipe, data = job.recipe, job.data
+    if recipe.model.startswith("yolo:"):
+        raise NamPrunerError(
+            f"--model {recipe.model} is trained and pruned in Python, on data of Ultralytics' own "
+            "kind; see nampruner.yolo: train, images, save"
+        )
     with own_chance():
         seed_all(recipe.seed)
         model = models.build(

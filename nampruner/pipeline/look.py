@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor, nn
 
 from nampruner import figures
 from nampruner.checkpoint import CheckpointRecord, parse_record
-from nampruner.config import BenchCommand, Options, RankCommand, Recipe
+from nampruner.config import TARGETS, BenchCommand, Options, RankCommand, Recipe
 from nampruner.errors import NamPrunerError
 from nampruner.export import export_onnx, read_metadata
-from nampruner.graph import UnitGroup
+from nampruner.graph import DependencyGraph, UnitGroup
 from nampruner.importance import Scores
 from nampruner.latency import compare, feeds, measure, open_session
 from nampruner.lineage import Lineage
@@ -21,6 +22,7 @@ from nampruner.pipeline.publish import RECORD_KEY, scratch
 from nampruner.plan import Latency, Record
 from nampruner.progress import Progress
 from nampruner.selection import select
+from nampruner.staircase import Bench, GroupTime, Staircase, layers_of, savings
 from nampruner.training import Evaluation, check_match, evaluate
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -54,17 +56,24 @@ class Ranking(Record):
     scores: tuple[float, ...]
     """Of every unit that can be cut, ascending."""
     would_be: tuple[WouldBe, ...]
+    times: tuple[GroupTime, ...] | None = None
+    """What one step of width saves in each group; None where time was not asked for."""
+    staircase: Staircase | None = None
+    """What that step was read from."""
 
 
-def rank(job: Job, found: Loaded) -> Ranking:
+def rank(job: Job, found: Loaded, *, latency: bool = False) -> Ranking:
     """Score every channel and say what some ratios would do; the model is not changed.
+
+    With `latency` it also measures where on this device fewer channels are less time.
 
     Raises:
         NamPrunerError: nothing can be cut, or a glob matches nothing.
     """
     recipe, graph = job.recipe, job.graph(found.model)
     scores = job.scores(found.model, graph)
-    plans = [select(graph, scores, _at(recipe, ratio)) for ratio in RATIOS]
+    device = job.measured(found.model)
+    plans = [select(graph, scores, _at(recipe, ratio), device) for ratio in RATIOS]
     units = [int(unit) for group in graph.groups for unit in group.units]
     return Ranking(
         importance=recipe.importance,
@@ -79,7 +88,15 @@ def rank(job: Job, found: Loaded) -> Ranking:
             )
             for ratio, plan in zip(RATIOS, plans, strict=True)
         ),
+        **(_times(job, found, graph) if latency else {}),
     )
+
+
+def _times(job: Job, found: Loaded, graph: DependencyGraph) -> dict[str, Any]:
+    layers, bench = layers_of(found.model, job.examples()), Bench(threads=job.recipe.threads)
+    curves, steps = job.staircase(found.model)
+    times = savings(graph, layers, bench, steps, job.progress)
+    return {"staircase": curves, "times": times}
 
 
 def rank_path(
@@ -90,11 +107,12 @@ def rank_path(
     Raises:
         NamPrunerError: see `resume` and `rank`.
     """
-    return rank(*resume(path, flags, trust=trust, progress=progress))
+    job, found = resume(path, flags, trust=trust, progress=progress)
+    return rank(job, found, latency=flags.latency)
 
 
 def draw_scores(ranking: Ranking, path: Path) -> None:
-    """Draw the histogram of the scores as PNG."""
+    """Draw the histogram of the scores as PNG, and beside it the staircase that was measured."""
     figure = figures.scale_factor_histogram(
         {"scores": np.array(ranking.scores)},
         title=f"Importance ({ranking.importance})",
@@ -102,10 +120,13 @@ def draw_scores(ranking: Ranking, path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figures.save(figure, path)
+    if ranking.staircase is not None and ranking.staircase.stairs:
+        drawn = figures.staircase(ranking.staircase)
+        figures.save(drawn, path.with_name(f"{path.stem}-staircase.png"))
 
 
 def _at(recipe: Recipe, ratio: float) -> Recipe:
-    return recipe.model_copy(update={"ratio": ratio, "macs": None, "params": None})
+    return recipe.model_copy(update={**dict.fromkeys(TARGETS), "ratio": ratio})
 
 
 def _layer(group: UnitGroup, scores: Scores) -> LayerScores:

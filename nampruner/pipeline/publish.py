@@ -3,7 +3,8 @@
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from json import loads
@@ -15,17 +16,21 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nampruner import figures
+from nampruner.certificate import cost_of
 from nampruner.checkpoint import CheckpointRecord
 from nampruner.config import Format
 from nampruner.errors import NamPrunerError
 from nampruner.export import export_onnx, export_pt2, export_python, read_metadata
-from nampruner.latency import measure
-from nampruner.nam import SpatialNAM
+from nampruner.export.parity import BATCH
+from nampruner.latency import compare as judge
+from nampruner.latency import device_of, measure
+from nampruner.nam import SpatialNAM, fold_nam, nam_modules
 from nampruner.pipeline.folders import METRICS, write
 from nampruner.pipeline.job import Job, Loaded, build
 from nampruner.pipeline.stages import ACCURACY, CUT, DENSE, RECOVERED, last_cut, prune_result
-from nampruner.plan import Measured, OnnxResult, Parity, Record, RunResult
+from nampruner.plan import FoldedGates, Latency, OnnxResult, Parity, PruneResult, Record, RunResult
 from nampruner.report import render
+from nampruner.staircase.device import processor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +47,8 @@ class Exported(Record):
     size_bytes: int
     """Of the file, or of all files in the folder."""
     parity: Parity
+    folded: FoldedGates | None = None
+    """Only where gates were made constant."""
 
 
 def export(job: Job, found: Loaded, path: Path, kind: Format = "onnx") -> Exported:
@@ -53,8 +60,9 @@ def export(job: Job, found: Loaded, path: Path, kind: Format = "onnx") -> Export
     """
     check_export_path(path, kind)
     write, said = _writer(job, found, kind)
+    model, folded = (found.model, None) if kind == "python" else _folded(job, found.model)
     parity = write(
-        found.model,
+        model,
         path,
         job.examples(),
         inputs=job.data.test_inputs(job.recipe.parity_inputs),
@@ -63,7 +71,23 @@ def export(job: Job, found: Loaded, path: Path, kind: Format = "onnx") -> Export
     )
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
-    return Exported(format=kind, path=str(path), size_bytes=size, parity=parity)
+    return Exported(format=kind, path=str(path), size_bytes=size, parity=parity, folded=folded)
+
+
+def _folded(job: Job, model: nn.Module) -> tuple[nn.Module, FoldedGates | None]:
+    """Make constants of the gates that hardly move, where that is asked, and say what it cost."""
+    bound = job.recipe.fold_gates
+    if bound is None:
+        return model, None
+    if not nam_modules(model):
+        job.progress.note("there is no NAM in this network, so --fold-gates changes nothing")
+        return model, None
+    device = device_of(model)
+    found = fold_nam(model, (batch.to(device) for batch in job.calibration()), bound=bound)
+    proof = job.data.test_inputs(job.recipe.parity_inputs)
+    error, agreement = cost_of(model, found.model, proof.split(BATCH))
+    told = FoldedGates(bound=bound, gates=found.gates, output_error=error, top1_agreement=agreement)
+    return found.model, told
 
 
 def _writer(job: Job, found: Loaded, kind: Format) -> tuple[Callable[..., Parity], dict[str, str]]:
@@ -113,39 +137,63 @@ def compare(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> RunResult:
     Raises:
         NamPrunerError: see `export`; or `slim` was never cut.
     """
-    base = prune_result(slim)
-    files = {
-        "dense": export(job, dense, folder / "dense.onnx"),
-        "slim": export(job, slim, folder / "model.onnx"),
-    }
-    times = measure(
-        {name: file.path for name, file in files.items()},
-        job.data.test_inputs(1),
-        threads=job.recipe.threads,
-        progress=job.progress,
-    )
+    base = timed(job, dense, slim, folder / "dense.onnx", folder / "model.onnx")
+    result, file = base.result, base.file
     metrics = slim.record.metrics
-    measured = {
-        name: {"size_bytes": files[name].size_bytes, "latency": times[name]} for name in files
+    columns = {
+        side: column.model_copy(update={"accuracy": metrics.get(name)})
+        for side, column, name in (
+            ("before", result.before, DENSE),
+            ("after", result.after, ACCURACY),
+        )
     }
     return RunResult(
-        **{name: getattr(base, name) for name in ("requested", "achieved", "left_alone")},
-        before=_column(base.before, metrics.get(DENSE), measured["dense"]),
-        after=_column(base.after, metrics.get(ACCURACY), measured["slim"]),
-        certificate=base.certificate,
-        checkpoint=str(slim.folder),
+        **{**dict(result), **columns},
         accuracy_cut=metrics.get(CUT),
         accuracy_recovered=metrics.get(RECOVERED),
         onnx=OnnxResult(
-            path=files["slim"].path,
-            parity=files["slim"].parity,
-            latency_ms={name: latency.median_ms for name, latency in times.items()},
+            path=file.path,
+            parity=file.parity,
+            latency_ms={"dense": base.dense.median_ms, "slim": base.slim.median_ms},
+            folded=file.folded,
         ),
     )
 
 
-def _column(base: Measured, accuracy: float | None, facts: Mapping[str, object]) -> Measured:
-    return base.model_copy(update={"accuracy": accuracy, **facts})
+@dataclass(frozen=True)
+class Timed:
+    """A cut whose two ONNX files were timed side by side."""
+
+    result: PruneResult
+    file: Exported
+    """The slim one."""
+    dense: Latency
+    slim: Latency
+
+
+def timed(job: Job, dense: Loaded, slim: Loaded, before: Path, after: Path) -> Timed:
+    """Export both networks, time them in turns, and say what the cut came to, speed included.
+
+    Raises:
+        NamPrunerError: see `export`; or `slim` was never cut.
+    """
+    base = prune_result(slim)
+    files = [export(job, dense, before), export(job, slim, after)]
+    times = measure(
+        {file.path: file.path for file in files},
+        job.data.test_inputs(1),
+        threads=job.recipe.threads,
+        progress=job.progress,
+    )
+    first, second = (times[file.path] for file in files)
+    columns = {
+        side: column.model_copy(update={"size_bytes": file.size_bytes, "latency": latency})
+        for side, column, file, latency in zip(
+            ("before", "after"), (base.before, base.after), files, (first, second), strict=True
+        )
+    }
+    result = base.model_copy(update={**columns, "faster": judge(first, second).faster})
+    return Timed(result, files[1], first, second)
 
 
 def illustrate(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> "dict[str, Figure]":
@@ -234,19 +282,10 @@ def facts(job: Job) -> dict[str, str]:
         "data": job.data.name,
         "seed": str(job.recipe.seed),
         "device": str(job.device),
-        "processor": f"{_processor()}, {os.cpu_count()} logical cores",
+        "processor": f"{processor()}, {os.cpu_count()} logical cores",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version(name)}" for name in packages),
     }
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def scratch() -> "tempfile.TemporaryDirectory[str]":

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from nampruner import checkpoint
+from nampruner.aiming import settle_on_device
 from nampruner.config import Recipe
 from nampruner.errors import CheckpointError
 from nampruner.importance import score
@@ -18,7 +19,7 @@ from nampruner.pipeline.job import Job, Loaded, build, keep
 from nampruner.plan import Certificate, Measured, PruneResult, PruningPlan, Record
 from nampruner.pruning import restore
 from nampruner.selection import select
-from nampruner.settle import Cut, settle
+from nampruner.settle import Cut
 from nampruner.training import FitSettings, fit
 
 ACCURACY = "accuracy"
@@ -61,7 +62,7 @@ def check(job: Job) -> None:
     """
     model = build(job)
     graph = job.graph(model)
-    select(graph, score(model, graph, "magnitude"), job.recipe)
+    select(graph, score(model, graph, "magnitude"), job.recipe, job.measured(model))
 
 
 def train(job: Job, out: Path, work: Path) -> None:
@@ -99,8 +100,15 @@ def decide(job: Job, dense: Loaded) -> Cut:
     Raises:
         NamPrunerError: see `nampruner.pruning.settle`.
     """
-    graph = job.graph(dense.model)
-    return settle(dense.model, graph, job.scores(dense.model, graph), job.recipe, job.examples())
+    model, graph = dense.model, job.graph(dense.model)
+    return settle_on_device(
+        model,
+        graph,
+        job.scores(model, graph),
+        job.recipe,
+        job.examples(),
+        progress=job.progress,
+    )
 
 
 def prune(job: Job, dense: Loaded, out: Path) -> None:

@@ -4,7 +4,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from PIL import Image
+
 from nampruner.errors import NamPrunerError
+
+_THEIRS = {"open": Image.open}, {"save": torch.save}
+"""What importing Ultralytics replaces for the whole process; nobody who imports us asked for it."""
 
 try:
     from ultralytics.data.augment import LetterBox, classify_transforms
@@ -23,6 +29,9 @@ except ImportError as error:
         f"YOLO models need Ultralytics, which cannot be imported ({error}); install the extra: "
         "pip install 'nampruner[yolo]' (Ultralytics is AGPL-3.0)"
     ) from error
+finally:
+    vars(Image).update(_THEIRS[0])
+    vars(torch).update(_THEIRS[1])
 
 __all__ = [
     "DEFAULT_CFG_DICT",

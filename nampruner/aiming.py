@@ -1,0 +1,214 @@
+"""Reach a target in time as it is measured: plan by the table, cut, export, measure, correct.
+
+The table knows convolutions only, so what it says of a network is a first guess. How much of the
+time it may leave is moved until the exported network takes what was asked.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nampruner.certificate import Forward
+from nampruner.config import PruneOptions
+from nampruner.errors import NamPrunerError
+from nampruner.export import export_onnx
+from nampruner.graph import DependencyGraph
+from nampruner.importance import Scores
+from nampruner.latency.fresh import measure_fresh
+from nampruner.plan import Latency
+from nampruner.progress import Progress, Silent
+from nampruner.selection import Device
+from nampruner.settle import Cut, settle
+from nampruner.staircase import Bench, Timetable, layers_of, module_steps, staircase
+
+Stopwatch = Callable[[nn.Module], tuple[Latency, Latency]]
+"""A slim network → time of the dense one and of itself, measured in turns."""
+
+WITHIN = 0.03
+"""Nearer to the target than this part of it is near enough."""
+_TRIES = 5
+"""Networks that are exported and timed."""
+_MOST_CUTS = 12
+"""Plans that are carried out: near shares may give the same widths."""
+_LEAST_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One cut and what it took."""
+
+    share: float
+    """Of the time in the table, what was allowed to remain."""
+    measured: float
+    """Of the dense network's time, what remains."""
+    wanted: float
+    cut: Cut
+
+    @property
+    def miss(self) -> float:
+        """How far it is from the target, as a part of it."""
+        return abs(self.measured / self.wanted - 1)
+
+
+def aim(
+    shoot: Callable[[float], Cut],
+    stopwatch: Stopwatch,
+    latency: str,
+    progress: Progress | None = None,
+) -> Cut:
+    """Return the cut whose measured time comes nearest to `latency`.
+
+    Args:
+        shoot: share of the time in the table that may remain → the cut that keeps it.
+        latency: what may remain, see `read_latency`.
+
+    Raises:
+        NamPrunerError: the target cannot be read, or the network is that fast as it is.
+    """
+    shots: list[Shot] = []
+    share = read_latency(latency, None) or 0.5
+    for _ in range(_MOST_CUTS):
+        cut = shoot(share)
+        if any(cut.plan.layers == shot.cut.plan.layers for shot in shots):
+            share = _further(share, shots[-1])
+            continue
+        dense, slim = stopwatch(cut.model)
+        wanted = read_latency(latency, dense.median_ms) or 1.0
+        shots.append(Shot(share, slim.median_ms / dense.median_ms, wanted, cut))
+        if shots[-1].miss <= WITHIN or len(shots) == _TRIES:
+            break
+        share = next_share(shots)
+    best = min(shots, key=lambda shot: shot.miss)
+    _tell(best, progress or Silent())
+    achieved = best.cut.plan.achieved.model_copy(update={"latency": best.measured})
+    plan = best.cut.plan.model_copy(update={"achieved": achieved})
+    return replace(best.cut, plan=plan)
+
+
+def next_share(shots: list[Shot]) -> float:
+    """Return the share to try next: on the line through the nearest shots on both sides.
+
+    All of the time in the table leaves all of the measured time, so one side is always known.
+    """
+    wanted = shots[-1].wanted
+    points = [(1.0, 1.0), *((shot.share, shot.measured) for shot in shots)]
+    above = min((p for p in points if p[1] > wanted), key=lambda p: (p[1], p[0]))
+    below = max((p for p in points if p[1] <= wanted), key=lambda p: p[1], default=None)
+    if below is not None:
+        part = (wanted - below[1]) / (above[1] - below[1])
+        share = below[0] + part * (above[0] - below[0])
+    elif above[1] < 1:
+        share = 1 - (1 - wanted) * (1 - above[0]) / (1 - above[1])
+    else:  # nothing was saved yet
+        share = 0.7 * min(shot.share for shot in shots)
+    return max(share, _LEAST_SHARE)
+
+
+def _further(share: float, last: Shot) -> float:
+    """Return a share a tenth further on the way, where this one changed no width."""
+    moved = 0.9 * share if last.measured > last.wanted else share + 0.1 * (1 - share)
+    return max(moved, _LEAST_SHARE)
+
+
+def read_latency(given: str, dense_ms: float | None) -> float | None:
+    """Read `60%`, `0.6` or `5ms` as what may remain of the dense network's time.
+
+    Returns:
+        The fraction; None for an absolute time while `dense_ms` is not known.
+
+    Raises:
+        NamPrunerError: not a time, or not below the dense network's.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|ms)?\s*", given.lower())
+    if match is None:
+        raise NamPrunerError(f"latency = {given!r} is no time; give 60%, 0.6 or 5ms")
+    value, unit = float(match.group(1)), match.group(2)
+    if unit == "ms" and dense_ms is None:
+        return None
+    fraction = value / (dense_ms or 1) if unit == "ms" else value / 100 if unit == "%" else value
+    if not 0 < fraction < 1:
+        now = "" if dense_ms is None else f", and the network takes {dense_ms:.3g} ms as it is"
+        raise NamPrunerError(f"latency = {given!r}: less than all of the time must remain{now}")
+    return fraction
+
+
+def _tell(shot: Shot, progress: Progress) -> None:
+    said = f"{shot.measured:.1%} of the time remains, measured; {shot.wanted:.1%} was asked for"
+    progress.note(said if shot.miss <= WITHIN else f"{said}, and no cut was found that is nearer")
+
+
+def known_device(
+    model: nn.Module,
+    options: PruneOptions,
+    example_inputs: Any,
+    progress: Progress | None = None,
+) -> Device | None:
+    """Measure what the options need to know of this device; None where they need nothing.
+
+    Times are measured once per device and kept in the user's cache.
+    """
+    if options.round_to != "auto" and options.latency is None:
+        return None
+    # a target that cannot be read is an error before anything is measured
+    share = 1.0 if options.latency is None else read_latency(options.latency, None) or 0.5
+    layers, bench = layers_of(model, example_inputs), Bench(threads=options.threads)
+    steps = module_steps(layers, staircase(layers.values(), bench, progress))
+    if options.latency is None:
+        return Device(steps)
+    return Device(steps, Timetable(layers, steps, bench, progress), share)
+
+
+def settle_on_device(
+    model: nn.Module,
+    graph: DependencyGraph,
+    scores: Scores,
+    options: PruneOptions,
+    example_inputs: Any,
+    *,
+    forward: Forward | None = None,
+    progress: Progress | None = None,
+) -> Cut:
+    """Settle, by what was measured on this device where the options ask for that.
+
+    Raises:
+        NamPrunerError: a target in time for a network that takes more than one tensor.
+        GraphError, CertificateError: see `nampruner.settle.settle`.
+    """
+    timed = options.latency is not None or options.round_to == "auto"
+    if timed and (forward is not None or not isinstance(example_inputs, Tensor)):
+        raise NamPrunerError(
+            "a target in time and round_to = auto need a network that takes one tensor; give "
+            "another target and a number"
+        )
+    device = known_device(model, options, example_inputs, progress)
+
+    def shoot(share: float) -> Cut:
+        at = device and replace(device, share=share)
+        return settle(model, graph, scores, options, example_inputs, forward, at)
+
+    if options.latency is None:
+        return shoot(1.0)
+    with tempfile.TemporaryDirectory(prefix="nampruner-") as folder:
+        stopwatch = exported_times(model, example_inputs, Path(folder), threads=options.threads)
+        return aim(shoot, stopwatch, options.latency, progress)
+
+
+def exported_times(
+    model: nn.Module, example_inputs: Tensor, folder: Path, *, threads: int
+) -> Stopwatch:
+    """Return what exports a slim network and times it beside the dense one, in a fresh process."""
+    files = {name: folder / f"{name}.onnx" for name in ("dense", "slim")}
+    export_onnx(model, files["dense"], example_inputs)
+    image: Any = example_inputs[:1].detach().cpu().numpy()
+
+    def times(slim: nn.Module) -> tuple[Latency, Latency]:
+        export_onnx(slim, files["slim"], example_inputs)
+        found = measure_fresh(files, image, threads=threads)
+        return found["dense"], found["slim"]
+
+    return times

@@ -1,0 +1,28 @@
+"""Measured latency: the only clock of nampruner, and the only place that opens ONNX Runtime.
+
+Candidates are timed in turns (A B A B …), so a machine that slows down slows all of them, and a
+number is the median of many runs beside its spread. Whether one is faster than another is decided
+by `compare`, which calls a difference inside the noise by that name.
+
+sessions.py  open an ONNX file, name its inputs
+clock.py     time candidates in turns
+verdict.py   which of two is faster
+"""
+
+from nampruner.latency.clock import Candidate, device_of, evaluating, measure, summarize
+from nampruner.latency.sessions import VERSION, Array, feeds, open_session
+from nampruner.latency.verdict import Verdict, compare
+
+__all__ = [
+    "VERSION",
+    "Array",
+    "Candidate",
+    "Verdict",
+    "compare",
+    "device_of",
+    "evaluating",
+    "feeds",
+    "measure",
+    "open_session",
+    "summarize",
+]
