@@ -75,6 +75,12 @@ def pruned(name: str) -> tuple[nn.Module, Tensor]:
     return nampruner.cut(model, plan), images
 
 
+@pytest.fixture(autouse=True)
+def no_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what these tests import from a folder would leave a cache in it, whose absence they look at
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+
 def here(folder: Path, inputs: tuple[Tensor, ...]) -> list[list[Tensor]]:
     """Stand in for the fresh process, which costs seconds."""
     model = rebuilt(folder)
