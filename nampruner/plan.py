@@ -181,8 +181,8 @@ class Latency(Record):
     median_ms: float
     spread_ms: float
     """Of single runs: half of the distance between the 10th and the 90th percentile."""
-    error_ms: float | None = None
-    """Of the median: half of its 95 % interval, from turn to turn; None after too few turns."""
+    turns_ms: tuple[float, ...] = ()
+    """The median of each turn; what one measurement times takes its turns side by side."""
     runs: int
     threads: int
     batch: int

@@ -156,31 +156,41 @@ def test_summary_is_median_and_half_the_central_range() -> None:
     # Of eleven sorted values the 10th and 90th percentile are the second and the tenth: 2 and 10.
     assert found.spread_ms == pytest.approx(4.0)
     assert (found.runs, found.threads, found.batch) == (11, 2, 8)
-    assert found.error_ms is None  # two turns say nothing about the next
+    assert found.turns_ms == pytest.approx((2.5, 8.0))
 
 
-@pytest.mark.parametrize(("turns", "half"), [(5, 2.0), (20, 4.5)])
-def test_the_error_is_the_sign_tests_interval_of_turns(turns: int, half: float) -> None:
-    # medians 1, 2, … ms; of 20 the 6th to the 15th hold the true median at 95 %, of 5 all
-    medians = [0.001 * (n + 1) for n in range(turns)][::-1]
-    seconds = [[m, m, m - 1e-4, m + 1.0] for m in medians]
+@pytest.mark.parametrize(("turns", "low", "high"), [(5, 1.0, 5.0), (20, 6.0, 15.0)])
+def test_the_noise_is_the_sign_tests_interval_of_pairs(turns: int, low: float, high: float) -> None:
+    # speed-ups 1, 2, …; of 20 the 6th to the 15th hold the true median at 95 %, of 5 all
+    slow = taken(1.0, 5.0, turns_ms=tuple(float(n + 1) for n in range(turns)))
+    fast = taken(1.0, 5.0, turns_ms=(1.0,) * turns)
 
-    found = summarize(seconds, threads=1, batch=1, runtime="r")
+    found = compare(slow, fast)
 
-    assert found.error_ms == pytest.approx(half)
-    assert found.spread_ms > 100
+    assert (found.low, found.speedup, found.high) == (low, (turns + 1) / 2, high)
 
 
-def test_what_is_known_of_the_median_goes_before_the_spread() -> None:
-    sure = {"spread_ms": 5.0, "error_ms": 0.01}
-    slow, fast = (taken(m, 0).model_copy(update=sure) for m in (1.0, 0.9))
+def test_a_machine_that_is_slow_for_a_while_is_slow_for_both() -> None:
+    load = [1.0, 3.0, 1.1, 2.0, 5.0, 1.3, 1.0, 2.2]
+    slow, fast = (taken(m, 5.0, turns_ms=tuple(m * x for x in load)) for m in (1.0, 0.9))
     assert compare(slow, fast).faster
+    assert compare(fast, slow).slower
     assert not compare(taken(1.0, 5.0), taken(0.9, 5.0)).faster
+    few = (one.model_copy(update={"turns_ms": one.turns_ms[:4]}) for one in (slow, fast))
+    assert not compare(*few).outside_noise
 
 
-def taken(median_ms: float, spread_ms: float, threads: int = 1) -> Latency:
+def taken(
+    median_ms: float, spread_ms: float, threads: int = 1, turns_ms: tuple[float, ...] = ()
+) -> Latency:
     return Latency(
-        median_ms=median_ms, spread_ms=spread_ms, runs=9, threads=threads, batch=1, runtime="r"
+        median_ms=median_ms,
+        spread_ms=spread_ms,
+        turns_ms=turns_ms,
+        runs=9,
+        threads=threads,
+        batch=1,
+        runtime="r",
     )
 
 

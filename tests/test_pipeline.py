@@ -159,8 +159,8 @@ def test_a_run_that_is_not_faster_says_so_first_and_exits_with_two(
     folder, result = finished
     assert result.faster is not None
     assert result.before.latency
-    slow = result.before.latency.model_copy(update={"median_ms": 2.0, "error_ms": 0.01})
-    fast = slow.model_copy(update={"median_ms": 1.0})
+    slow = result.before.latency.model_copy(update={"turns_ms": (2.0,) * 5})
+    fast = slow.model_copy(update={"turns_ms": (1.0,) * 5})
     for after, faster in ((fast, True), (slow, False)):
         columns = {
             "before": result.before.model_copy(update={"latency": slow}),

@@ -167,23 +167,9 @@ def summarize(
     return Latency(
         median_ms=float(median),
         spread_ms=float(high - low) / 2,
-        error_ms=_error_ms([float(np.median(turn)) for turn in turns]),
+        turns_ms=tuple(1e3 * float(np.median(turn)) for turn in turns),
         runs=len(runs),
         threads=threads,
         batch=batch,
         runtime=runtime,
     )
-
-
-def _error_ms(medians: list[float]) -> float | None:
-    """Return half of the 95 % interval of the median of these turns; None for too few.
-
-    Runs of one turn meet the same neighbours, so turns are what is counted. The interval is that
-    of the sign test, from one ordered value to another, whatever the distribution.
-    """
-    count = len(medians)
-    if count < _FEWEST_ROUNDS:
-        return None
-    left = max(int((count - 1.96 * count**0.5) / 2), 0)
-    ordered = sorted(medians)
-    return 1e3 * (ordered[count - 1 - left] - ordered[left]) / 2

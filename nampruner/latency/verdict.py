@@ -2,9 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from statistics import median
 
 from nampruner.errors import NamPrunerError
 from nampruner.plan import Latency
+
+_FEWEST_TURNS = 5
+"""Fewer say nothing about the next: the chance that all lie on one side is above 5 %."""
 
 
 @dataclass(frozen=True)
@@ -13,22 +17,23 @@ class Verdict:
 
     speedup: float
     """Time of the first over time of the second."""
-    noise: float
-    """The part of the first's time that a difference must exceed to count."""
+    low: float
+    """With `high`, what the speed-up may be as well, at 95 %."""
+    high: float
 
     @property
     def outside_noise(self) -> bool:
-        return abs(1 - 1 / self.speedup) > self.noise
+        return not self.low <= 1 <= self.high
 
     @property
     def faster(self) -> bool:
         """The second is faster, and not by chance."""
-        return self.outside_noise and self.speedup > 1
+        return self.low > 1
 
     @property
     def slower(self) -> bool:
         """The second is slower, and not by chance."""
-        return self.outside_noise and self.speedup < 1
+        return self.high < 1
 
     def __str__(self) -> str:
         if not self.outside_noise:
@@ -39,8 +44,8 @@ class Verdict:
 def compare(first: Latency, second: Latency) -> Verdict:
     """Say whether `second` is faster than `first`.
 
-    Two independent errors add in quadrature; medians closer than that are not told apart. Where
-    the error of a median is not known, the spread of single runs stands for it.
+    Turns are compared in pairs: what disturbs the machine for longer than a turn disturbs both.
+    Where turns are not known, the spreads of single runs, added in quadrature, are the noise.
 
     Raises:
         NamPrunerError: they were measured at different batch sizes or thread counts.
@@ -51,9 +56,20 @@ def compare(first: Latency, second: Latency) -> Verdict:
             f"latencies at (batch, threads) {ours} and {theirs} cannot be compared; "
             "measure both in one run"
         )
-    noise = math.hypot(_error_ms(first), _error_ms(second)) / first.median_ms
-    return Verdict(first.median_ms / second.median_ms, noise)
+    if len(first.turns_ms) == len(second.turns_ms) >= _FEWEST_TURNS:
+        pairs = zip(first.turns_ms, second.turns_ms, strict=True)
+        return _paired([one / other for one, other in pairs])
+    speedup = first.median_ms / second.median_ms
+    noise = speedup * math.hypot(first.spread_ms, second.spread_ms) / first.median_ms
+    return Verdict(speedup, speedup - noise, speedup + noise)
 
 
-def _error_ms(latency: Latency) -> float:
-    return latency.spread_ms if latency.error_ms is None else latency.error_ms
+def _paired(speedups: list[float]) -> Verdict:
+    """Return their median between the ends of its 95 % interval.
+
+    The interval is that of the sign test, from one ordered value to another, whatever the
+    distribution.
+    """
+    count, ordered = len(speedups), sorted(speedups)
+    left = max(int((count - 1.96 * count**0.5) / 2), 0)
+    return Verdict(median(ordered), ordered[left], ordered[count - 1 - left])
