@@ -1,5 +1,6 @@
 """What a training borrows and gives back: device, chance, accelerate's state, the model's place."""
 
+import atexit
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
-from torch import nn
+from torch import distributed, nn
 
 from nampruner.config import Precision
 from nampruner.errors import NamPrunerError
@@ -53,12 +54,21 @@ def accelerated(device: torch.device, precision: Precision) -> Iterator[Accelera
     aside = [dict(state) for state in states]
     chosen = {} if device.index is None else {"ACCELERATE_TORCH_DEVICE": str(device)}
     _replace(states, [{}, {}, {}])
+    joined = distributed.is_initialized()
     try:
         with patch_environment(**chosen):
             accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        if distributed.is_initialized() and not joined:
+            atexit.register(_leave)
         yield accelerator
     finally:
         _replace(states, aside)
+
+
+def _leave() -> None:
+    """End the group's threads, which otherwise can abort an interpreter that is going down."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _replace(states: list[dict[str, object]], contents: list[dict[str, object]]) -> None:
