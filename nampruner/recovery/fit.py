@@ -47,16 +47,19 @@ def ridge(features: Tensor, targets: Tensor, prior: Tensor, *, centred: bool = T
     x, y, w = features.double(), targets.double(), prior.double()
     half = x.shape[1] // 2
     missed = y - x @ w
-    first = _Moments.of(x[:, :half], missed[:, :half], centred=centred)
-    strength, left = _choose(first, x[:, half:], missed[:, half:])
-    spread = missed[:, half:] - first.mean_r.unsqueeze(1)
-    total, scale = float(spread.square().sum()), float(y.square().sum())
+    first, second = (
+        _Moments.of(x[:, rows], missed[:, rows], centred=centred)
+        for rows in (slice(half), slice(half, None))
+    )
+    elsewhere = second.about(first)
+    strength = _choose(first, elsewhere)
+    left = _left(first, x[:, half:], missed[:, half:], strength)
+    total, scale = float(elsewhere.rr.sum()), float(y.square().sum())
     explained = max(0.0, 1.0 - float(left.square().sum()) / total) if total > 1e-24 * scale else 1.0
-    errors = left.abs().amax(1) / _spans(y)
-    whole = _Moments.of(x, missed, centred=centred)
+    whole = first.and_(second)
     change = whole.solve(strength)
     intercept = whole.mean_r - (whole.mean_x.unsqueeze(1) @ change).squeeze(1)
-    return Fit(w + change, intercept, explained, errors)
+    return Fit(w + change, intercept, explained, left.abs().amax(1) / _spans(y))
 
 
 def misses(features: Tensor, targets: Tensor, *, centred: bool = True) -> Tensor:
@@ -78,42 +81,82 @@ def _spans(y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Moments:
+    """Second moments of features x and residuals r about their means, summed over the rows."""
+
+    count: int
     mean_x: Tensor
     mean_r: Tensor
     xx: Tensor
+    """[g, f, f]"""
     xr: Tensor
+    """[g, f, o]"""
+    rr: Tensor
+    """[g, o]"""
 
     @staticmethod
     def of(x: Tensor, r: Tensor, *, centred: bool) -> "_Moments":
+        """Take moments about the means of these rows, or about 0."""
         mean_x, mean_r = (t.mean(1) if centred else torch.zeros_like(t[:, 0]) for t in (x, r))
-        away = x - mean_x.unsqueeze(1)
+        away, spread = x - mean_x.unsqueeze(1), r - mean_r.unsqueeze(1)
         left = away.transpose(1, 2)
-        return _Moments(mean_x, mean_r, left @ away, left @ (r - mean_r.unsqueeze(1)))
+        xx, xr, rr = left @ away, left @ spread, spread.square().sum(1)
+        return _Moments(x.shape[1], mean_x, mean_r, xx, xr, rr)
+
+    def about(self, other: "_Moments") -> "_Moments":
+        """Return these moments about the means of others."""
+        return self._moved(other.mean_x, other.mean_r)
+
+    def and_(self, other: "_Moments") -> "_Moments":
+        """Return the moments of both sets of rows, about the means of all."""
+        count = self.count + other.count
+        share = other.count / count
+        means = (
+            self.mean_x + share * (other.mean_x - self.mean_x),
+            self.mean_r + share * (other.mean_r - self.mean_r),
+        )
+        one, two = self._moved(*means), other._moved(*means)
+        return _Moments(count, *means, one.xx + two.xx, one.xr + two.xr, one.rr + two.rr)
+
+    def _moved(self, mean_x: Tensor, mean_r: Tensor) -> "_Moments":
+        x, r = (self.mean_x - mean_x)[:, :, None], (self.mean_r - mean_r)[:, None]
+        return _Moments(
+            self.count,
+            mean_x,
+            mean_r,
+            self.xx + self.count * (x @ x.transpose(1, 2)),
+            self.xr + self.count * (x @ r),
+            self.rr + self.count * r[:, 0].square(),
+        )
 
     def solve(self, strength: float) -> Tensor:
         """Change of the weight [g, f, o]; none where the system is singular beyond help."""
         diagonal = self.xx.diagonal(dim1=1, dim2=2)
         scale = diagonal.mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-        eye = torch.eye(diagonal.shape[1], dtype=torch.float64, device=diagonal.device)
-        system = self.xx + (strength * scale)[:, None, None] * eye
+        system = self.xx.clone()
+        system.diagonal(dim1=1, dim2=2).add_((strength * scale)[:, None])
         factor, failed = torch.linalg.cholesky_ex(system)
         if bool(failed.any()):
             return torch.zeros_like(self.xr)
         return torch.cholesky_solve(self.xr, factor)
 
+    def missed(self, change: Tensor) -> float:
+        """Return the squared error that this change of the weight leaves on these rows."""
+        gain = (change * (2 * self.xr - self.xx @ change)).sum()
+        return max(float(self.rr.sum() - gain), 0.0)
 
-def _choose(moments: _Moments, x: Tensor, r: Tensor) -> tuple[float, Tensor]:
-    """The ridge that predicts these rows best, and the errors [g, n, o] it leaves.
+
+def _choose(moments: _Moments, elsewhere: _Moments) -> float:
+    """The ridge that predicts other rows best; their moments are about the same means.
 
     A small ridge is for what can be predicted exactly. Elsewhere it would buy the last of the error
     with large weights on directions in which the features hardly vary: right for these statistics,
     but training on would start far from a minimum.
     """
-    missed = {s: float(_left(moments, x, r, s).square().sum()) for s in _RIDGES}
-    best = min(missed, key=missed.__getitem__)
-    if missed[best] > _EXACT * float((r - moments.mean_r.unsqueeze(1)).square().sum()):
-        best = min((s for s in _RIDGES if s >= _STEADY), key=missed.__getitem__)
-    return best, _left(moments, x, r, best)
+    missed = {s: elsewhere.missed(moments.solve(s)) for s in _RIDGES if s >= _STEADY}
+    telling = {s: elsewhere.missed(moments.solve(s)) for s in _RIDGES[:2]}
+    if min(telling.values()) <= _EXACT * float(elsewhere.rr.sum()):
+        missed |= telling
+    return min(missed, key=missed.__getitem__)
 
 
 def _left(moments: _Moments, x: Tensor, r: Tensor, strength: float) -> Tensor:
