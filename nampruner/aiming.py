@@ -19,6 +19,7 @@ from nampruner.errors import NamPrunerError
 from nampruner.export import export_onnx
 from nampruner.graph import DependencyGraph
 from nampruner.importance import Scores
+from nampruner.latency import compare
 from nampruner.latency.fresh import measure_fresh
 from nampruner.plan import Latency
 from nampruner.progress import Progress, Silent
@@ -79,7 +80,7 @@ def aim(
             continue
         dense, slim = stopwatch(cut.model)
         wanted = read_latency(latency, dense.median_ms) or 1.0
-        shots.append(Shot(share, slim.median_ms / dense.median_ms, wanted, cut))
+        shots.append(Shot(share, 1 / compare(dense, slim).speedup, wanted, cut))
         if shots[-1].miss <= WITHIN or len(shots) == _TRIES:
             break
         share = next_share(shots)

@@ -201,7 +201,7 @@ class Timed(Record):
     """Size of the ONNX file."""
     latency: Latency
     times: float
-    """Median over that of the first candidate."""
+    """Time over that of the first candidate: the median of pairs of turns."""
     verdict: str
     """Against the first candidate."""
 
@@ -241,14 +241,15 @@ def bench(
             progress=progress,
         )
         first = times[str(paths[0])]
+        verdicts = {name: compare(first, latency) for name, latency in times.items()}
         return Benchmark(
             candidates=tuple(
                 Timed(
                     path=name,
                     size_bytes=file.stat().st_size,
                     latency=times[name],
-                    times=times[name].median_ms / first.median_ms,
-                    verdict="" if times[name] is first else str(compare(first, times[name])),
+                    times=1 / verdicts[name].speedup,
+                    verdict="" if times[name] is first else str(verdicts[name]),
                 )
                 for name, file in files.items()
             )
