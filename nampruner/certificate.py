@@ -20,11 +20,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 from nampruner.baking import bake_again
 from nampruner.errors import CertificateError, GraphError
 from nampruner.graph import call_model
+from nampruner.lineage import lineage
 from nampruner.modes import evaluating
 from nampruner.plan import Certificate, PruningPlan
 from nampruner.surgery import cut
+from nampruner.twins import twin
 
 TOLERANCE = 1e-9
+_ADDING = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
+"""Layers whose bias is added to their outputs, and nothing else."""
 Forward = Callable[[nn.Module, Any], Any]
 T = TypeVar("T")
 
@@ -39,7 +43,7 @@ def certify(
     """Compare the masked original with `slim`, straight after the cut, in float64.
 
     Zeros hide a wrong cut behind them (a scale factor, a fresh residual gate, a blank image), so
-    where there are any the same plan is tried once more on a copy, and inputs, without them.
+    where they could, the same plan is tried once more on a copy, and inputs, without them.
 
     Raises:
         CertificateError: the pruned network does not run, or computes something else.
@@ -47,11 +51,13 @@ def certify(
     """
     run = forward or call_model
     inputs = tree_map(_double, example_inputs)
-    dense = _exact(model)
-    bake_again(dense, plan.baked)
-    error = _difference(_masked(dense, plan), _exact(slim), inputs, run)
+    model = _baked(model, plan)
+    error = _difference(_masked(_exact(model), plan), _exact(slim), inputs, run)
+    hiding = _hiding(model, plan)
     stirred = tree_map(_lively, inputs)
-    if _stir(dense) or any(a is not b for a, b in zip(_flat(inputs), _flat(stirred), strict=True)):
+    if hiding or any(a is not b for a, b in zip(_flat(inputs), _flat(stirred), strict=True)):
+        dense = _exact(model)
+        _stir(dense, hiding)
         pruned = cut(dense, plan)
         error = max(error, _difference(_masked(dense, plan), pruned, stirred, run))
     if not error <= TOLERANCE:
@@ -68,38 +74,68 @@ def _double(value: Any) -> Any:
 
 
 def _exact(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).double().eval()
+    """A copy in float64 and eval mode; tensors that are no parameters or buffers follow as well."""
+
+    def exact(_: str, tensor: Tensor) -> Tensor:
+        return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    return twin(model, exact).double().eval()
+
+
+def _baked(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The model with every layer baked that the plan wants so; itself where that is done."""
+    if set(plan.baked) <= set(lineage(model).baked):
+        return model
+    dense = copy.deepcopy(model)
+    bake_again(dense, plan.baked)
+    return dense
 
 
 def _masked(dense: nn.Module, plan: PruningPlan) -> nn.Module:
-    """The original with the removed slices of its consumers at zero."""
-    masked = copy.deepcopy(dense)
-    tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
+    """The same network, with the removed slices of its consumers at zero, in place."""
+    tensors = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
     with torch.no_grad():
         for name, dims in plan.masked.items():
             for dim, gone in dims.items():
                 index = torch.tensor(gone, device=tensors[name].device)
                 tensors[name].index_fill_(dim, index, 0)
-    return masked
+    return dense
 
 
 def _flat(values: Any) -> list[Any]:
     return list(tree_flatten(values)[0])
 
 
-def _stir(model: nn.Module) -> bool:
-    """Replace exact zeros among the parameters by noise; tell whether there were any."""
+def _hiding(model: nn.Module, plan: PruningPlan) -> list[str]:
+    """Parameters with exact zeros behind which a wrong cut could hide.
+
+    Nothing hides behind a zero that a layer only adds, unless it is cut itself.
+    """
+    added = {
+        f"{path}.bias" for path, module in model.named_modules() if isinstance(module, _ADDING)
+    } - set(plan.removed)
+    return [name for name, p in model.named_parameters() if name not in added and _hides(p)]
+
+
+def _hides(parameter: Tensor) -> bool:
+    """Whether a channel is all zeros, or more than a lone weight here and there."""
+    zeros = parameter.numel() - int(parameter.count_nonzero())
+    if parameter.dim() < 2 or zeros > 1e-3 * parameter.numel():
+        return zeros > 0
+    return zeros > 0 and any(
+        bool((parameter.movedim(d, 0).flatten(1) == 0).all(1).any()) for d in range(parameter.dim())
+    )
+
+
+def _stir(model: nn.Module, names: Iterable[str]) -> None:
+    """Replace exact zeros of these parameters by noise, in place."""
     generator = torch.Generator().manual_seed(0)
-    found = False
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for parameter in model.parameters():
-            zero = parameter == 0
-            if bool(zero.any()):
-                noise = torch.rand(parameter.shape, generator=generator).to(parameter)
-                fan = max(1, parameter[0].numel() if parameter.dim() > 1 else 1)
-                parameter.copy_(torch.where(zero, (noise + 0.5) / fan**0.5, parameter))
-                found = True
-    return found
+        for parameter in map(parameters.__getitem__, names):
+            noise = torch.rand(parameter.shape, generator=generator).to(parameter)
+            fan = max(1, parameter[0].numel() if parameter.dim() > 1 else 1)
+            parameter.copy_(torch.where(parameter == 0, (noise + 0.5) / fan**0.5, parameter))
 
 
 def _lively(value: Any) -> Any:

@@ -5,6 +5,7 @@ Every score is an array [units] in float64, indexed by the graph's unit numbers.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def nam(model: nn.Module, graph: DependencyGraph) -> Scores:
 def magnitude(model: nn.Module, graph: DependencyGraph) -> Scores:
     """L2 norm of the unit's weights (Fang et al. 2023, DepGraph), relative to its group's mean."""
     total = np.zeros(graph.count)
-    for _, units, values in _weights(model, graph, lambda p: p.detach().double().square()):
+    for _, units, values in _weights(model, graph, lambda p: _wide(p).square()):
         np.add.at(total, units, values)
     return _relative(graph, np.sqrt(total))
 
@@ -140,11 +141,15 @@ def _weights(
     """Of every weight's slots: number, units along it, and `value` summed per index."""
     parameters = dict(model.named_parameters())
     rows = []
-    for number, slot in enumerate(graph.slots):
-        p = parameters.get(slot.name)
-        if p is not None and p.dim() > 1 and slot.dim < 2:
-            others = [d for d in range(p.dim()) if d != slot.dim]
-            rows.append((number, graph.units(slot), value(p).sum(others).double().cpu().numpy()))
+    for name, slots in groupby(enumerate(graph.slots), lambda pair: pair[1].name):
+        p = parameters.get(name)
+        if p is None or p.dim() < 2:
+            continue
+        values = value(p).flatten(2).sum(2) if p.dim() > 2 else value(p)
+        for number, slot in slots:
+            if slot.dim < 2:
+                sums = values.sum(1 - slot.dim, dtype=torch.float64)
+                rows.append((number, graph.units(slot), sums.cpu().numpy()))
     return rows
 
 
@@ -192,3 +197,8 @@ def _host_places(model: nn.Module) -> dict[str, Scores]:
 def _abs(tensor: Tensor) -> Scores:
     values: Scores = tensor.detach().abs().double().cpu().numpy()
     return values
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    """At least single precision: the square of a small half is zero."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))

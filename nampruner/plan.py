@@ -3,7 +3,7 @@
 All are frozen, JSON, and know nothing of torch. Index lists are sorted and unique.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,10 @@ class Record(BaseModel):
     """A frozen value with a JSON form."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Return itself, as nobody changes it: a plan holds thousands of indices."""
+        return self
 
 
 class Request(Record):

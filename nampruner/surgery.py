@@ -3,8 +3,7 @@
 It sees index lists and attributes, never a ratio or a score.
 """
 
-import copy
-import itertools
+import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from nampruner.graph import DependencyGraph
 from nampruner.graph.graph import Bools
 from nampruner.lineage import Literals, lineage, remember
 from nampruner.plan import PruningPlan, Repair
+from nampruner.twins import twin
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -39,7 +39,9 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
     What a model was frozen, shared, in training, on a device or in a dtype stays so.
     """
-    slim = copy.deepcopy(model)
+    # what is cut is replaced, so that a copy of it would be thrown away
+    cut_up = {name for name, dims in plan.removed.items() if any(dims.values())}
+    slim = twin(model, lambda name, tensor: tensor if name in cut_up else tensor.clone())
     bake_again(slim, plan.baked)
     apply_cuts(slim, plan.removed)
     modules = dict(slim.named_modules())
@@ -104,7 +106,7 @@ def check_cuts(model: nn.Module, removed: Cuts) -> None:
         shape = tensors[name].shape
         for dim, gone in dims.items():
             size = shape[dim] if 0 <= dim < len(shape) else 0
-            rising = all(a < b for a, b in itertools.pairwise(gone))
+            rising = all(map(operator.lt, gone, gone[1:]))
             if not rising or (gone and (gone[0] < 0 or gone[-1] >= size)) or len(gone) >= size:
                 raise NamPrunerError(
                     f"the plan's indices for {name} {list(shape)} along dimension {dim} are not "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from zoo import ZOO, LayerScale, Net, ResidualProjection, image, lively, unit
 
+import nampruner.certificate
 import nampruner.graph
 from nampruner.certificate import TOLERANCE, certify, culprits
 from nampruner.config import PruneOptions
@@ -194,6 +195,29 @@ def test_a_wrong_index_behind_other_zeros_is_caught(build: Any) -> None:
     wrong = corrupted(planned(model), "inner.0.weight", 0, 20)
     with pytest.raises(CertificateError, match="not exact"):
         certify(model, cut(model, wrong), wrong, image())
+
+
+def test_only_zeros_that_could_hide_something_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = lively(Branch()).eval()
+    with torch.no_grad():
+        model.head.bias.zero_()  # it is added to the outputs, which all stay
+        model.inner[0].weight[0, 0, 0, 0] = 0
+    plan, cuts = planned(model), []
+    slim = cut(model, plan)
+
+    def counted(*args: Any) -> nn.Module:
+        cuts.append(args)
+        return cut(*args)
+
+    monkeypatch.setattr(nampruner.certificate, "cut", counted)
+    certify(model, slim, plan, image())
+    assert not cuts
+    with torch.no_grad():
+        model.inner[0].weight[0] = 0
+    certify(model, cut(model, plan), plan, image())
+    assert len(cuts) == 1
 
 
 def test_a_wrong_index_is_caught_on_zero_inputs() -> None:
