@@ -385,6 +385,7 @@ def test_rank_says_where_a_step_of_width_saves_time(
     assert call(line) == 0
     shown = capsys.readouterr().out
     assert "a step saves" in shown
+    assert "importance paid" in shown
     assert "Steps of this device: dense 8" in shown
 
 

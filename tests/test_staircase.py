@@ -209,10 +209,10 @@ def test_auto_never_removes_more_and_lands_on_steps(graph: DependencyGraph, rati
 def test_savings_are_what_the_narrower_layers_would_take(
     graph: DependencyGraph, layers: dict[str, Geometry], tmp_path: Path
 ) -> None:
-    rows = {
-        row.layer: row
-        for row in savings(graph, layers, Bench(clock=Clock(), folder=tmp_path), STEPS)
-    }
+    bench, scores = Bench(clock=Clock(), folder=tmp_path), np.ones(graph.count)
+    groups = {group.name: group for group in graph.groups}
+    scores[groups["dense"].units] = np.arange(64)
+    rows = {row.layer: row for row in savings(graph, scores, layers, bench, STEPS)}
     total = sum(treads(layer) for layer in layers.values())
     dense, wide, deep, narrow = (layers[name] for name in ("dense", "wide", "deep", "narrow"))
 
@@ -222,6 +222,8 @@ def test_savings_are_what_the_narrower_layers_would_take(
     assert rows["dense"].step == 16
     assert rows["dense"].share == pytest.approx(treads(dense) / total)
     assert rows["dense"].saved == pytest.approx((gone(dense, 64, 48) + gone(wide, 48, 96)) / total)
+    every = sum(scores[group.units].sum() for group in groups.values())
+    assert rows["dense"].paid == pytest.approx(sum(range(16)) / every)
     assert rows["wide"].share == pytest.approx((treads(wide) + treads(deep)) / total)
     assert rows["wide"].saved == pytest.approx(
         (gone(wide, 64, 88) + gone(deep, 88, 88) + gone(narrow, 88, 64)) / total
@@ -231,7 +233,8 @@ def test_savings_are_what_the_narrower_layers_would_take(
 def test_one_narrower_channel_can_cost_time(
     graph: DependencyGraph, layers: dict[str, Geometry], tmp_path: Path
 ) -> None:
-    rows = savings(graph, layers, Bench(clock=Clock(), folder=tmp_path), 1)
+    bench = Bench(clock=Clock(), folder=tmp_path)
+    rows = savings(graph, np.ones(graph.count), layers, bench, 1)
     saved = {row.layer: row.saved for row in rows}
     assert saved["wide"] < 0  # the depthwise one leaves its tread
 

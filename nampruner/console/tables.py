@@ -133,14 +133,18 @@ def _times(value: "Ranking") -> list[RenderableType]:
     if value.times is None or value.staircase is None:
         return []
     rows = [
-        (r.layer, str(r.width), str(r.step), f"{100 * r.share:.1f} %", f"{100 * r.saved:.2f} %")
+        (
+            *(r.layer, str(r.width), str(r.step)),
+            *(f"{100 * r.share:.1f} %", f"{100 * r.saved:.2f} %", f"{100 * r.paid:.2f} %"),
+        )
         for r in sorted(value.times, key=lambda row: -row.saved)
     ]
     steps = ", ".join(f"{kind} {step}" for kind, step in value.staircase.steps.items())
     threads = _threads(value.staircase.threads)
     caption = f"Of the time of all convolutions, ONNX Runtime, batch 1, {threads}. "
     caption += f"Steps of this device: {steps or 'none, the layers are too narrow'}."
-    columns = ("layer", "channels", "step", "share of time", "a step saves")
+    paid = "error paid" if value.importance == "reconstruction" else "importance paid"
+    columns = ("layer", "channels", "step", "share of time", "a step saves", paid)
     return ["", table(*columns, rows=rows), Text(caption)]
 
 

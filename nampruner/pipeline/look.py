@@ -88,14 +88,14 @@ def rank(job: Job, found: Loaded, *, latency: bool = False) -> Ranking:
             )
             for ratio, plan in zip(RATIOS, plans, strict=True)
         ),
-        **(_times(job, found, graph) if latency else {}),
+        **(_times(job, found, graph, scores) if latency else {}),
     )
 
 
-def _times(job: Job, found: Loaded, graph: DependencyGraph) -> dict[str, Any]:
+def _times(job: Job, found: Loaded, graph: DependencyGraph, scores: Scores) -> dict[str, Any]:
     layers, bench = layers_of(found.model, job.examples()), Bench(threads=job.recipe.threads)
     curves, steps = job.staircase(found.model)
-    times = savings(graph, layers, bench, steps, job.progress)
+    times = savings(graph, scores, layers, bench, steps, job.progress)
     return {"staircase": curves, "times": times}
 
 

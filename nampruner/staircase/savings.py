@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from nampruner.graph import DependencyGraph, UnitGroup
+from nampruner.importance import Scores
 from nampruner.plan import Record
 from nampruner.progress import Progress
 from nampruner.selection import quantum
@@ -25,10 +28,14 @@ class GroupTime(Record):
     """Of the time of all convolutions: those whose outputs these channels are."""
     saved: float
     """Part of the time of all convolutions that goes with the first step."""
+    paid: float
+    """Part of the sum of all scores that goes with it: of the error that reconstruction predicts,
+    if it made the scores."""
 
 
 def savings(
     graph: DependencyGraph,
+    scores: Scores,
     layers: Layers,
     bench: Bench,
     steps: Mapping[str, int] | int,
@@ -36,7 +43,8 @@ def savings(
 ) -> tuple[GroupTime, ...]:
     """Time every convolution of a network as it is and one step narrower.
 
-    `steps` are the rounding steps by module, see `nampruner.selection.quantum`.
+    `scores` [units] say what goes first; `steps` are the rounding steps by module, see
+    `nampruner.selection.quantum`.
     """
     units = [quantum(graph, group, steps) for group in graph.groups]
     changes = [
@@ -45,6 +53,7 @@ def savings(
     ]
     times = _Times(layers, changes, bench, progress)
     total = sum(times.full(module) for module in layers)
+    every = sum(float(scores[group.units].sum()) for group in graph.groups)
     return tuple(
         GroupTime(
             layer=group.name,
@@ -56,6 +65,7 @@ def savings(
             )
             / total,
             saved=sum(times.saved(module, change[module]) for module in change) / total,
+            paid=_first(group, scores, number) / every if every else 0.0,
         )
         for group, number, change in zip(graph.groups, units, changes, strict=True)
     )
@@ -76,6 +86,13 @@ def _change(graph: DependencyGraph, group: UnitGroup, layers: Layers, units: int
         else:
             found[module] = (units * each * layers[module].groups, less_out)
     return found
+
+
+def _first(group: UnitGroup, scores: Scores, units: int) -> float:
+    """Return the scores of the units that go first; nothing, where there is no step to spare."""
+    if units >= len(group.units):
+        return 0.0
+    return float(np.sort(scores[group.units])[:units].sum())
 
 
 def _produced(graph: DependencyGraph, group: UnitGroup, layers: Layers) -> dict[str, float]:
