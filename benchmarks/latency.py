@@ -34,6 +34,7 @@ from recovery_time import lively
 from torch import Tensor, nn
 
 import nampruner
+from nampruner.aiming import together
 from nampruner.errors import NamPrunerError
 from nampruner.latency import compare
 from nampruner.latency.fresh import measure_fresh
@@ -111,12 +112,7 @@ class Case:
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         files = {candidate: self.file(candidate) for candidate in candidates}
         passes = [measure_fresh(files, images, threads=threads) for _ in range(_PASSES)]
-        return {
-            name: found.model_copy(
-                update={"turns_ms": tuple(ms for each in passes for ms in each[name].turns_ms)}
-            )
-            for name, found in passes[0].items()
-        }
+        return {name: together([each[name] for each in passes]) for name in files}
 
 
 def macs_of(model: nn.Module, images: Tensor) -> int:

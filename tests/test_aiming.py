@@ -202,7 +202,10 @@ def test_the_whole_chain_with_a_formula_for_a_clock(
         plan_pruning(model, (image(),), latency="75%", importance="magnitude")
 
 
-def test_onnxruntime_in_a_process_of_its_own(model: nn.Module, tmp_path: Path) -> None:
+def test_onnxruntime_in_a_process_of_its_own(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiming, "_MOST_PASSES", 1)
     times = aiming.exported_times(model, image(), tmp_path, threads=1)
     dense, slim = times(model)
     assert dense.batch == slim.batch == 1
@@ -228,3 +231,27 @@ def test_a_target_in_time_brings_the_steps_of_time() -> None:
     recipe = merged(old, PruneCommand(latency="60%"), "here")
     assert (recipe.latency, recipe.round_to, recipe.ratio) == ("60%", "auto", None)
     assert merged(old, PruneCommand(latency="60%", round_to=4), "here").round_to == 4
+
+
+@pytest.mark.parametrize(("noise", "passes"), [(0.0, 2), (0.5, 5)])
+def test_what_is_not_certain_is_measured_again(
+    noise: float, passes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rng, done = np.random.default_rng(0), []
+
+    def measured(files: Any, image: Any, *, threads: int) -> dict[str, Latency]:
+        done.append(threads)
+        return {name: noisy(2.0 if name == "dense" else 1.0) for name in files}
+
+    def noisy(ms: float) -> Latency:
+        turns = ms * (1 + noise * rng.random(20))
+        fields = {"median_ms": float(np.median(turns)), "turns_ms": tuple(turns.tolist())}
+        return taken(ms).model_copy(update=fields)
+
+    monkeypatch.setattr(aiming, "export_onnx", lambda *_: None)
+    monkeypatch.setattr(aiming, "measure_fresh", measured)
+    dense, slim = aiming.exported_times(nn.Identity(), image(), tmp_path, threads=1)(nn.Identity())
+    assert len(done) == passes
+    assert len(dense.turns_ms) == len(slim.turns_ms) == 20 * passes
+    assert dense.runs == 9 * passes
+    assert dense.median_ms / slim.median_ms == pytest.approx(2.0, rel=noise or 1e-9)
