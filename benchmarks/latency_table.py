@@ -15,7 +15,6 @@ from nampruner.figures.style import (
     MUTED,
     PALE,
     blank,
-    legend_below,
     save,
     styled,
 )
@@ -138,7 +137,7 @@ def plot(records: list[Record], path: Path) -> None:
         axes.set_ylabel("speed-up ÷ MACs reduction")
         axes.set_title("Half of the MACs: how much of it is time (batch 1, 1 thread)")
         axes.grid(axis="y")
-        legend_below(figure, axes)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3)
     save(figure, path)
 
 
