@@ -48,13 +48,13 @@ class ModelOptions(Options):
     """Which network, and where NAM sits in it."""
 
     model: str = "resnet20"
-    """resnet20, timm:NAME?key=value, torchvision:NAME, file.py:function or package.module:Class."""
+    """resnet20, timm:NAME?key=value, torchvision:NAME, yolo:NAME, file.py:function or pkg:Class."""
     weights: Path | None = None
     """State dict to start from: a .safetensors, .pt or .pth file; without it, as built."""
     weights_strict: bool = True
     """Refuse --weights that do not fit; without it, what does not fit stays as built."""
     nam: Attention = "both"
-    """Parts of NAM to attach: channel attention, spatial attention, both or none."""
+    """Parts of NAM to attach: channel attention, spatial attention, both or none; yolo: channel."""
     nam_at: tuple[str, ...] = ()
     """Globs of modules NAM follows; without it, the end of every residual branch."""
 
@@ -63,9 +63,9 @@ class DataOptions(Options):
     """Which images, and how they arrive."""
 
     data: str = "mnist5k"
-    """mnist5k, fashion-mnist, digits, a class-folder tree, a timm data set or file.py:function."""
+    """mnist5k, fashion-mnist, digits, class folders, timm's, a YOLO YAML or file.py:function."""
     image_size: Annotated[int, Field(ge=8)] | None = None
-    """Height and width in pixels the network sees; without it, the data's own."""
+    """Height and width in pixels the network sees; without it, the data's own, for yolo 640."""
     batch_size: Positive = 128
     """Images per step."""
     workers: Annotated[int, Field(ge=0)] = 0
@@ -101,6 +101,13 @@ class TrainOptions(OptimizerOptions):
     """Passes over the training images."""
     lr: Annotated[float, Field(gt=0)] = 0.2
     """Peak learning rate of the one-cycle schedule."""
+
+
+class YoloOptions(Options):
+    """What only a network of Ultralytics takes."""
+
+    yolo_args: tuple[str, ...] = ()
+    """Further training arguments of Ultralytics, such as mosaic=0.5."""
 
 
 class PenaltyOptions(Options):
@@ -205,7 +212,9 @@ class ExportOptions(Options):
 # pydantic lists the fields of the last base first: read these from right to left
 
 
-class TrainCommand(RuntimeOptions, PenaltyOptions, TrainOptions, DataOptions, ModelOptions):
+class TrainCommand(
+    RuntimeOptions, YoloOptions, PenaltyOptions, TrainOptions, DataOptions, ModelOptions
+):
     """Everything `nampruner train` needs."""
 
 
@@ -225,7 +234,7 @@ class PruneCommand(RuntimeOptions, DataOptions, RecoveryOptions, PruneOptions):
     """Export the slim network there too, and time it against the dense one."""
 
 
-class FinetuneCommand(RuntimeOptions, DataOptions, OptimizerOptions, FinetuneOptions):
+class FinetuneCommand(RuntimeOptions, YoloOptions, DataOptions, OptimizerOptions, FinetuneOptions):
     """Everything `nampruner finetune` needs beside the checkpoint."""
 
 
@@ -260,6 +269,7 @@ class RunCommand(
     FinetuneOptions,
     RecoveryOptions,
     PruneOptions,
+    YoloOptions,
     PenaltyOptions,
     TrainOptions,
     DataOptions,
@@ -268,8 +278,31 @@ class RunCommand(
     """Everything `nampruner run` needs."""
 
 
+_YOLO = {
+    "nam": "channel",
+    "image_size": 640,
+    "batch_size": 16,
+    "workers": 8,
+    "epochs": 100,
+    "lr": 0.01,
+    "momentum": 0.937,
+    "label_smoothing": 0.0,
+    "calibration": 128,
+    "finetune_epochs": 25,
+    "finetune_lr": 0.01,
+}
+"""What a network of Ultralytics takes where nothing is said: its training is another one."""
+
+
 class Recipe(RunCommand):
     """The whole way; `recipe.yaml` is this class written down. It always has a target."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not str(values.get("model")).startswith("yolo:"):
+            return values
+        return {**_YOLO, **values}
 
     @model_validator(mode="before")
     @classmethod

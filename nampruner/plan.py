@@ -175,7 +175,8 @@ class Parity(Record):
     max_abs: float
     max_relative: float
     """Largest absolute difference over the largest |output|."""
-    top1_agreement: float
+    top1_agreement: float | None
+    """Of the first output over its dimension 1; None where that is no score."""
     inputs: int
 
 
@@ -232,13 +233,26 @@ class PruningPlan(Record):
         return "\n".join(lines)
 
 
-class Measured(Record):
+class Quality(Record):
+    """How good a network is on images that it was not trained on."""
+
+    accuracy: float | None = None
+    """Share of the images classified right, in [0, 1]; None where that is not what is asked."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """What else is measured, in [0, 1]: mAP50, mAP50-95 …"""
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """Everything measured, by its name."""
+        own = {} if self.accuracy is None else {"accuracy": self.accuracy}
+        return own | self.metrics
+
+
+class Measured(Quality):
     """One column of the before/after table."""
 
     params: int
     macs: int
-    accuracy: float | None = None
-    """Share of the test images classified right, in [0, 1]."""
     size_bytes: int | None = None
     """Size of the ONNX file."""
     latency: Latency | None = None
@@ -274,6 +288,20 @@ class RunResult(PruneResult):
 
     accuracy_cut: float | None = None
     """Right after the cut, before recovery."""
+    metrics_cut: dict[str, float] = Field(default_factory=dict)
+    """What else was measured there."""
     accuracy_recovered: float | None = None
     """After recovery, before fine-tuning."""
+    metrics_recovered: dict[str, float] = Field(default_factory=dict)
+    """What else was measured there."""
     onnx: OnnxResult
+
+    @property
+    def cut(self) -> Quality:
+        """Right after the cut."""
+        return Quality(accuracy=self.accuracy_cut, metrics=self.metrics_cut)
+
+    @property
+    def recovered(self) -> Quality:
+        """After recovery."""
+        return Quality(accuracy=self.accuracy_recovered, metrics=self.metrics_recovered)

@@ -33,6 +33,8 @@ Row = tuple[str, str, str, str]
 """Label, dense, slim, change."""
 
 _NOTHING = "–"
+_MEASURES = {"accuracy": "test accuracy"}
+"""How a measure is called in the table, where that is not its name."""
 _PREFIXES = ("", "k", "M", "G", "T")
 
 
@@ -87,25 +89,32 @@ def before_after_rows(result: PruneResult) -> list[Row]:
     Rows for which nothing was measured are left out.
     """
     return [
-        *_accuracy_rows(result),
+        *_quality_rows(result),
         *_size_rows(result),
         *_latency_rows(result),
         *(_onnx_rows(result.onnx) if isinstance(result, RunResult) else ()),
     ]
 
 
-def _accuracy_rows(result: PruneResult) -> list[Row]:
-    stages = [("test accuracy", result.after.accuracy)]
-    if isinstance(result, RunResult):
-        stages.append(("… right after the cut", result.accuracy_cut))
-        stages.append(("… recovered, not yet trained", result.accuracy_recovered))
-    dense = result.before.accuracy
-    shown = _NOTHING if dense is None else percent(dense)
-    return [
-        (label, shown, percent(slim), _points(dense, slim))
-        for label, slim in stages
-        if slim is not None
-    ]
+def _quality_rows(result: PruneResult) -> list[Row]:
+    rows = []
+    for name, slim in result.after.measures.items():
+        dense = result.before.measures.get(name)
+        shown = _NOTHING if dense is None else percent(dense)
+        stages = [(_MEASURES.get(name, name), slim), *_on_the_way(result, name)]
+        rows += [(label, shown, percent(share), _points(dense, share)) for label, share in stages]
+    return rows
+
+
+def _on_the_way(result: PruneResult, name: str) -> list[tuple[str, float]]:
+    """Return what a measure was before the slim network was trained."""
+    if not isinstance(result, RunResult):
+        return []
+    found = {
+        "… right after the cut": result.cut.measures.get(name),
+        "… recovered, not yet trained": result.recovered.measures.get(name),
+    }
+    return [(label, share) for label, share in found.items() if share is not None]
 
 
 def _size_rows(result: PruneResult) -> list[Row]:
@@ -139,8 +148,10 @@ def not_faster(result: PruneResult) -> str:
 
 def _onnx_rows(onnx: OnnxResult) -> list[Row]:
     parity = onnx.parity
-    agreement = f"top-1 agrees on {percent(parity.top1_agreement)} of {parity.inputs} inputs"
-    rows = [("ONNX against PyTorch", "", f"{parity.max_relative:.1e} apart", agreement)]
+    proof = f"{parity.inputs} inputs"
+    if parity.top1_agreement is not None:
+        proof = f"top-1 agrees on {percent(parity.top1_agreement)} of {proof}"
+    rows = [("ONNX against PyTorch", "", f"{parity.max_relative:.1e} apart", proof)]
     return [*rows, ("NAM", "", "", folded_gates(onnx.folded))] if onnx.folded else rows
 
 
@@ -252,8 +263,10 @@ def _finding(result: RunResult) -> str:
     warning = not_faster(result)
     parts = [warning] if warning else []
     parts += [f"{100 * result.after.macs / result.before.macs:.0f} % of the MACs"]
-    if result.before.accuracy is not None and result.after.accuracy is not None:
-        parts.append(f"{_points(result.before.accuracy, result.after.accuracy)} of accuracy")
+    dense, slim = result.before.measures, result.after.measures
+    main = next((name for name in dense if name in slim), None)
+    if main is not None:
+        parts.append(f"{_points(dense[main], slim[main])} of {main}")
     if result.before.latency and result.after.latency and not warning:
         parts.append(f"latency: {compare(result.before.latency, result.after.latency)}")
     return " · ".join(parts)

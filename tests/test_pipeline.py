@@ -16,7 +16,7 @@ from nampruner import checkpoint
 from nampruner.cli import call
 from nampruner.config import PruneCommand, Recipe, read_recipe
 from nampruner.errors import CheckpointError, NamPrunerError
-from nampruner.pipeline import folders, run, stages, whole
+from nampruner.pipeline import classifiers, folders, run, stages, whole
 from nampruner.pipeline.commands import prune_command
 from nampruner.plan import PruningPlan, RunResult
 from nampruner.progress import Silent
@@ -278,7 +278,7 @@ def test_prune_without_a_checkpoint_trains_one_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stages, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(classifiers, "fit", lambda *_, **__: None)
     assert folders.newest(Path("runs")) is None
 
     line = ["prune", "--ratio", "0.3", "--data", "digits", "--calibration", "128", "--json"]

@@ -1,49 +1,35 @@
 """YOLO networks: exact cuts, NAM in YAMLs and hooks, files for others, training that keeps them."""
 
 import copy
-import importlib.util
 import os
 import pickle
 import re
 import runpy
 import subprocess
 import sys
-import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from boxes import BEFORE, SIZE, boxes
 from PIL import Image
 from torch import Tensor, nn
 from zoo import lively
 
 import nampruner
-from nampruner.config import Recipe
+from nampruner import yolo
 from nampruner.errors import NamPrunerError
 from nampruner.lineage import lineage
 from nampruner.nam import nam_modules
-from nampruner.pipeline import job
-
-# Ultralytics writes its settings where this says, and at home otherwise
-os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo-settings-"))
-os.environ["YOLO_VERBOSE"] = "false"
-if importlib.util.find_spec("ultralytics") is None:
-    pytest.skip("needs the extra: pip install 'nampruner[yolo]'", allow_module_level=True)
-before = Image.open, torch.save
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from nampruner import yolo
-    from nampruner.yolo import network, row, source, trainers
+from nampruner.yolo import network, row, source, trainers
 
 
 def test_an_import_leaves_other_libraries_alone() -> None:
-    assert (Image.open, torch.save) == before
+    assert (Image.open, torch.save) == BEFORE
 
 
-SIZE = 64
 NETWORKS = {
     "yolov5n.yaml": 64,
     "yolov8n.yaml": 52,
@@ -79,25 +65,7 @@ def slim() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight images of one bright rectangle each, of three classes: its colour."""
-    folder = tmp_path_factory.mktemp("boxes")
-    draw = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for part in ("images", "labels"):
-            (folder / part / split).mkdir(parents=True)
-        for number in range(8):
-            canvas = np.zeros((SIZE, SIZE, 3), np.uint8)
-            x, y = draw.integers(0, 32, 2)
-            canvas[y : y + 24, x : x + 28, number % 3] = 255
-            Image.fromarray(canvas).save(folder / "images" / split / f"{number}.png")
-            box = ((x + 14) / SIZE, (y + 12) / SIZE, 28 / SIZE, 24 / SIZE)
-            text = " ".join(f"{value:.4f}" for value in box)
-            (folder / "labels" / split / f"{number}.txt").write_text(f"{number % 3} {text}\n")
-    file = folder / "data.yaml"
-    file.write_text(
-        f"path: {folder}\ntrain: images/train\nval: images/val\nnames: [red, green, blue]\n"
-    )
-    return file
+    return boxes(tmp_path_factory.mktemp("boxes"))
 
 
 SHORT: dict[str, Any] = {"epochs": 1, "imgsz": SIZE, "batch": 8, "device": "cpu", "amp": False}
@@ -465,7 +433,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_that_adapts_is_warned_of(data: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("nampruner.yolo.training._trained", lambda *_, **given: given)
+    monkeypatch.setattr("nampruner.yolo.training._trained", lambda *given: given[-1])
     with pytest.warns(UserWarning, match="use SGD"):
         yolo.train(make(), data, optimizer="AdamW")
     assert yolo.train(make(), data)["optimizer"] == "SGD"  # type: ignore[index]
@@ -483,6 +451,3 @@ def test_without_ultralytics_the_extra_is_named(monkeypatch: Any) -> None:
 def test_what_needs_another_way_is_refused_with_it(slim: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(NamPrunerError, match=r"yolo\.save"):
         nampruner.export_python(slim, tmp_path / "python", picture())
-    recipe = Recipe(model="yolo:yolov8n.yaml", data="digits")
-    with pytest.raises(NamPrunerError, match=r"nampruner\.yolo: train"):
-        job.build(job.prepare(recipe))

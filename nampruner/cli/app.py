@@ -62,7 +62,7 @@ app = App(
     help_epilogue=examples(
         "nampruner run",
         "nampruner run --data fashion-mnist --epochs 6 --finetune-epochs 2",
-        "nampruner run my/recipe.yaml --macs 50% --out runs/half",
+        "nampruner run --model yolo:yolov8n.yaml --data my/data.yaml --macs 50%",
     ),
 )
 def run(
@@ -95,7 +95,7 @@ def run(
     help_epilogue=examples(
         "nampruner train",
         "nampruner train --model timm:resnet18 --data my/images --out my/dense",
-        "nampruner train --model timm:resnet18 --weights my/weights.pth",
+        "nampruner train --model yolo:yolov8n.yaml --data my/data.yaml --epochs 50",
     ),
 )
 def train(
@@ -157,7 +157,7 @@ def rank(
 def prune(
     checkpoint: Annotated[
         Path | None,
-        Parameter(help="Folder of a checkpoint; else the newest under runs/ never pruned."),
+        Parameter(help="Folder or YOLO .pt; else the newest folder under runs/ never pruned."),
     ] = None,
     /,
     *,
@@ -224,7 +224,7 @@ def evaluate(
     json: Json = False,
     trust_source: Trust = False,
 ) -> None:
-    """Classify the test images."""
+    """Judge a network on the images held out."""
     from nampruner.pipeline.look import evaluate_path
 
     found = evaluate_path(path, flags, trust=trust_source, progress=console.progress())

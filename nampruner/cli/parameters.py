@@ -10,7 +10,7 @@ FLAT = Parameter(name="*")
 ORDER = count()
 """Help lists the commands as they stand in the file."""
 Out = Annotated[Path | None, Parameter(help="Where the result goes.")]
-Checkpoint = Annotated[Path, Parameter(help="Folder of a checkpoint.")]
+Checkpoint = Annotated[Path, Parameter(help="Folder of a checkpoint, or YOLO's .pt.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object.")]
 Trust = Annotated[
     bool,

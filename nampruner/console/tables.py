@@ -72,8 +72,10 @@ def evaluated(value: "Evaluated") -> Table:
     """Return one evaluation."""
     from nampruner.report import percent
 
-    row = (value.path, value.data, percent(value.accuracy), f"{value.loss:.4f}", str(value.images))
-    return table("", "data", "accuracy", "loss", "images", rows=[row])
+    told = {name: percent(share) for name, share in value.measures.items()}
+    told |= {} if value.loss is None else {"loss": f"{value.loss:.4f}"}
+    told |= {} if value.images is None else {"images": str(value.images)}
+    return table("", "data", *told, rows=[(value.path, value.data, *told.values())])
 
 
 def exported(value: "Exported") -> list[RenderableType]:
@@ -81,9 +83,11 @@ def exported(value: "Exported") -> list[RenderableType]:
     from nampruner.report import folded_gates, size
 
     parity = value.parity
-    agreement = f"{100 * parity.top1_agreement:.2f} % of {parity.inputs}"
-    row = (value.path, size(value.size_bytes), f"{parity.max_relative:.1e}", agreement)
-    shown = table(value.format, "size", "apart (relative)", "top-1 agrees", rows=[row])
+    proof = ("inputs", str(parity.inputs))
+    if parity.top1_agreement is not None:
+        proof = ("top-1 agrees", f"{100 * parity.top1_agreement:.2f} % of {parity.inputs}")
+    row = (value.path, size(value.size_bytes), f"{parity.max_relative:.1e}", proof[1])
+    shown = table(value.format, "size", "apart (relative)", proof[0], rows=[row])
     return [shown, Text(f"{folded_gates(value.folded)}.")] if value.folded else [shown]
 
 

@@ -124,8 +124,9 @@ def require(parity: Parity, tolerance: float, what: str) -> None:
         ParityError: it is not; `what` names the runtime.
     """
     if not parity.max_relative <= tolerance:  # so written, a NaN is refused
+        agreement = parity.top1_agreement
+        said = "" if agreement is None else f" (top-1 agreement {agreement:.2%})"
         raise ParityError(
             f"{what} and PyTorch differ by {parity.max_relative:.2g} of the largest output "
-            f"on {parity.inputs} inputs (top-1 agreement {parity.top1_agreement:.2%}); "
-            f"{tolerance:g} is allowed. Nothing was written"
+            f"on {parity.inputs} inputs{said}; {tolerance:g} is allowed. Nothing was written"
         )

@@ -93,28 +93,43 @@ def recovered(layers: Sequence[LayerRecovery]) -> "Figure":
 
 
 def training_curves(metrics: Rows) -> "Figure":
-    """Draw accuracy, loss and exact zeros over the epochs, stage after stage.
+    """Draw how good it was, the loss and exact zeros over the epochs, stage after stage.
 
     Args:
         metrics: rows of `metrics.jsonl`: stage, epoch, loss, train_accuracy,
-            validation_accuracy, zeros; what a row lacks leaves a gap.
+            validation_accuracy, zeros; what a row lacks leaves a gap. Rows without an accuracy are
+            drawn by the measures that they have in its place: mAP50, mAP50-95 …
     """
+    shown = _shown(metrics)
     with styled():
         figure = blank(7.0, 5.6)
-        accuracy, loss, zeros = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
-        _draw_curve(accuracy, metrics, "train_accuracy", BEFORE)
-        _draw_curve(accuracy, metrics, "validation_accuracy", AFTER)
+        quality, loss, zeros = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 2))
+        for key, color in zip(shown, (BEFORE, AFTER), strict=False):
+            _draw_curve(quality, metrics, key, color)
         _draw_curve(loss, metrics, "loss", BEFORE)
         _draw_curve(zeros, metrics, "zeros", BEFORE)
-        accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        accuracy.set_title(_accuracy_found(metrics), pad=18)
+        quality.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        quality.set_title(_found(metrics, shown[-1]), pad=18)
         loss.set_yscale("log")
-        for axes, label in ((accuracy, "accuracy"), (loss, "loss"), (zeros, "scale factors at 0")):
+        named = (quality, "accuracy" if shown == _ACCURACIES else shown[-1].rstrip("0123456789-"))
+        for axes, label in (named, (loss, "loss"), (zeros, "scale factors at 0")):
             axes.set_ylabel(label)
             axes.grid(axis="y")
-        _mark_stages((accuracy, loss, zeros), metrics)
-        legend_below(figure, accuracy)
+        _mark_stages((quality, loss, zeros), metrics)
+        legend_below(figure, quality)
     return figure
+
+
+_ACCURACIES = ("train_accuracy", "validation_accuracy")
+_NO_MEASURES = {"stage", "epoch", "loss", "lr", "zeros", "factors", "seconds"}
+
+
+def _shown(metrics: Rows) -> tuple[str, ...]:
+    """Return the two measures to draw; the one in the title last."""
+    found = [key for key in (metrics[-1] if metrics else ()) if key not in _NO_MEASURES]
+    if not found or any(key in _ACCURACIES for key in found):
+        return _ACCURACIES
+    return tuple(reversed(found[:2]))
 
 
 def _stages(metrics: Rows) -> list[tuple[str, list[tuple[int, Mapping[str, Any]]]]]:
@@ -158,11 +173,9 @@ def _mark_stages(all_axes: Sequence["Axes"], metrics: Rows) -> None:
         )
 
 
-def _accuracy_found(metrics: Rows) -> str:
-    last = {
-        str(row.get("stage", "")): row["validation_accuracy"]
-        for row in metrics
-        if row.get("validation_accuracy") is not None
-    }
+def _found(metrics: Rows, key: str) -> str:
+    last = {str(row.get("stage", "")): row[key] for row in metrics if row.get(key) is not None}
     ends = ", ".join(f"{100 * value:.2f} % after {stage}" for stage, value in last.items())
-    return f"Validation accuracy: {ends}" if ends else "No validation accuracy recorded"
+    name = key.replace("_", " ")
+    name = name[0].upper() + name[1:] if key in _ACCURACIES else name
+    return f"{name}: {ends}" if ends else f"No {key.replace('_', ' ')} recorded"

@@ -1,5 +1,6 @@
 """The story: train → prune → recover → fine-tune → export → report.
 
+task.py     what sets one kind of network apart: classifiers.py, yolo.py
 job.py      what every stage works with
 stages.py   what makes a checkpoint: train, prune, finetune
 publish.py  what comes after the last one: ONNX, times, figures, report

@@ -18,6 +18,7 @@ from nampruner.errors import NamPrunerError
 from nampruner.pipeline import publish, stages
 from nampruner.pipeline.folders import (
     RUNS,
+    bare_name,
     check_run_folder,
     claim,
     cut_name,
@@ -138,7 +139,7 @@ def finetune_command(
         NamPrunerError: see the stage.
     """
     job, found = resume(source, flags, trust=trust, progress=progress)
-    target = out or source.with_name(f"{source.name}-finetuned")
+    target = out or source.with_name(f"{bare_name(source)}-finetuned")
 
     def stage() -> None:
         with workshop(target) as work:
@@ -161,7 +162,7 @@ def export_command(
                 f"{flag(option)} does not apply to --format python, whose outputs must be the same "
                 "bits; leave it out"
             )
-    path = out or source.with_name(f"{source.name}{_ENDINGS[flags.format]}")
+    path = out or source.with_name(f"{bare_name(source)}{_ENDINGS[flags.format]}")
     check_export_path(path, flags.format)
     job, found = resume(source, flags, trust=trust, progress=progress)
     return publish.export(job, found, path, flags.format)

@@ -23,6 +23,8 @@ RUNS = Path("runs")
 RECIPE = "recipe.yaml"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
+STATE = ".training"
+"""Folder in which a training that is not ours keeps its state until its checkpoint is there."""
 STAGES = ("dense", "pruned", "slim")
 """Checkpoints of a run, in the order in which they are made."""
 
@@ -142,7 +144,17 @@ def cut_name(source: Path, recipe: Recipe) -> Path:
     """Name the cut of a checkpoint after what was done: `runs/x/dense-ratio0.3`."""
     target = next(name for name in TARGETS if getattr(recipe, name) is not None)
     amount = str(getattr(recipe, target)).replace("%", "pct")
-    return source.with_name(f"{source.name}-{target}{amount}")
+    return source.with_name(f"{bare_name(source)}-{target}{amount}")
+
+
+def bare_name(source: Path) -> str:
+    """Return the name of a checkpoint; of a `.pt` file without its ending."""
+    return source.stem if is_pt(source) else source.name
+
+
+def is_pt(path: Path) -> bool:
+    """Say whether `path` is a file of Ultralytics'."""
+    return path.suffix == ".pt" and path.is_file()
 
 
 def newest(runs: Path) -> Path | None:
@@ -174,6 +186,11 @@ def require_checkpoint(folder: Path) -> None:
     inside = [str(sub) for sub in sorted(folder.iterdir()) if checkpoint.is_checkpoint(sub)]
     hint = f" Did you mean {', '.join(inside)}?" if inside else ""
     raise CheckpointError(f"{folder} is no checkpoint: it has no {checkpoint.RECORD}.{hint}")
+
+
+def forget(work: Path) -> None:
+    """Remove the state of a training whose checkpoint is there."""
+    shutil.rmtree(work / STATE, ignore_errors=True)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nampruner import figures
 from nampruner.checkpoint import CheckpointRecord, parse_record
@@ -15,15 +15,16 @@ from nampruner.errors import NamPrunerError
 from nampruner.export import export_onnx, read_metadata
 from nampruner.graph import DependencyGraph, UnitGroup
 from nampruner.importance import Scores
-from nampruner.latency import compare, feeds, measure, open_session
+from nampruner.latency import compare, measure, open_session
 from nampruner.lineage import Lineage
+from nampruner.pipeline.folders import is_pt
 from nampruner.pipeline.job import Job, Loaded, load, prepare, recipe_of, resume
 from nampruner.pipeline.publish import RECORD_KEY, scratch
+from nampruner.pipeline.task import Judged, exportable
 from nampruner.plan import Latency, Record
-from nampruner.progress import Progress
+from nampruner.progress import Progress, Silent
 from nampruner.selection import select
 from nampruner.staircase import Bench, GroupTime, Staircase, layers_of, savings
-from nampruner.training import Evaluation, check_match, evaluate
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -93,7 +94,7 @@ def rank(job: Job, found: Loaded, *, latency: bool = False) -> Ranking:
 
 
 def _times(job: Job, found: Loaded, graph: DependencyGraph, scores: Scores) -> dict[str, Any]:
-    layers, bench = layers_of(found.model, job.examples()), Bench(threads=job.recipe.threads)
+    layers, bench = layers_of(found.model, job.task.examples()), Bench(threads=job.recipe.threads)
     curves, steps = job.staircase(found.model)
     times = savings(graph, scores, layers, bench, steps, job.progress)
     return {"staircase": curves, "times": times}
@@ -140,7 +141,7 @@ def _layer(group: UnitGroup, scores: Scores) -> LayerScores:
     )
 
 
-class Evaluated(Evaluation):
+class Evaluated(Judged):
     """What `nampruner evaluate` reports."""
 
     path: str
@@ -150,47 +151,30 @@ class Evaluated(Evaluation):
 def evaluate_path(
     path: Path, flags: Options, *, trust: bool = False, progress: Progress | None = None
 ) -> Evaluated:
-    """Classify the test images with a checkpoint or an ONNX file.
+    """Judge a checkpoint or an ONNX file on the held-out images.
 
     Raises:
         NamPrunerError: it is neither, or does not fit the data.
     """
-    if path.is_file():
-        job, model = _open_onnx(path, flags, trust=trust, progress=progress)
+    progress = progress or Silent()
+    if path.is_file() and not is_pt(path):
+        job = _of_onnx(path, flags, trust=trust, progress=progress)
+        result = job.task.evaluate_onnx(path, progress)
     else:
         job, found = resume(path, flags, trust=trust, progress=progress)
-        model = found.model
-    device = torch.device("cpu") if path.is_file() else job.device
-    result = evaluate(model, job.data.test, device=device, progress=progress)
-    return Evaluated(path=str(path), data=job.data.name, **result.model_dump())
+        result = job.task.evaluate(found.model, progress)
+    return Evaluated(path=str(path), data=job.task.name, **result.model_dump())
 
 
-class _OnnxModel(nn.Module):
-    """An ONNX file as a module, so that the one evaluation loop takes it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._session = open_session(path)
-
-    def forward(self, images: Tensor) -> Tensor:
-        outputs = self._session.run(None, feeds(self._session, images.numpy()))
-        return torch.from_numpy(outputs[0])
-
-
-def _open_onnx(
-    path: Path, flags: Options, *, trust: bool, progress: Progress | None
-) -> tuple[Job, nn.Module]:
-    """Open an ONNX file; one of ours says which images it is for, else `--data` must."""
+def _of_onnx(path: Path, flags: Options, *, trust: bool, progress: Progress) -> Job:
+    """Find the images for an ONNX file; one of ours says which, else `--data` must."""
     said = read_metadata(path).get(RECORD_KEY)
     record = (
         parse_record(said, f"the metadata of {path}")
         if said
         else CheckpointRecord(lineage=Lineage())
     )
-    job = prepare(recipe_of(record, flags, str(path)), trust=trust, progress=progress)
-    model = _OnnxModel(path)
-    check_match(model, job.data)
-    return job, model
+    return prepare(recipe_of(record, flags, str(path)), trust=trust, progress=progress)
 
 
 class Timed(Record):
@@ -257,14 +241,14 @@ def bench(
 
 
 def _as_onnx(path: Path, draft: Path, *, trust: bool, progress: Progress | None) -> Path:
-    if path.is_file():
+    if path.is_file() and not is_pt(path):
         return path
     found = load(path, trust=trust)
     spec = found.record.input
     if spec is None:
         raise NamPrunerError(f"{path} does not say what images it takes; give it as an ONNX file")
     export_onnx(
-        found.model,
+        exportable(found.model),
         draft,
         torch.zeros(2, spec.channels, spec.height, spec.width),
         progress=progress,

@@ -27,7 +27,16 @@ from nampruner.latency import device_of, measure
 from nampruner.nam import SpatialNAM, fold_nam, nam_modules
 from nampruner.pipeline.folders import METRICS, write
 from nampruner.pipeline.job import Job, Loaded, build
-from nampruner.pipeline.stages import ACCURACY, CUT, DENSE, RECOVERED, last_cut, prune_result
+from nampruner.pipeline.stages import (
+    CUT,
+    DENSE,
+    NOW,
+    RECOVERED,
+    last_cut,
+    prune_result,
+    quality,
+)
+from nampruner.pipeline.task import YOLO, exportable
 from nampruner.plan import FoldedGates, Latency, OnnxResult, Parity, PruneResult, Record, RunResult
 from nampruner.report import render
 from nampruner.staircase.device import processor
@@ -62,13 +71,15 @@ def export(job: Job, found: Loaded, path: Path, kind: Format = "onnx") -> Export
     write, said = _writer(job, found, kind)
     model, folded = (found.model, None) if kind == "python" else _folded(job, found.model)
     parity = write(
-        model,
+        model if kind == "python" else exportable(model),
         path,
-        job.examples(),
-        inputs=job.data.test_inputs(job.recipe.parity_inputs),
+        job.task.examples(),
+        inputs=job.task.proof(job.recipe.parity_inputs),
         metadata={**said, RECORD_KEY: found.record.model_dump_json()},
         progress=job.progress,
     )
+    if not job.task.classifies:
+        parity = parity.model_copy(update={"top1_agreement": None})
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     return Exported(format=kind, path=str(path), size_bytes=size, parity=parity, folded=folded)
@@ -83,9 +94,9 @@ def _folded(job: Job, model: nn.Module) -> tuple[nn.Module, FoldedGates | None]:
         job.progress.note("there is no NAM in this network, so --fold-gates changes nothing")
         return model, None
     device = device_of(model)
-    found = fold_nam(model, (batch.to(device) for batch in job.calibration()), bound=bound)
-    proof = job.data.test_inputs(job.recipe.parity_inputs)
-    error, agreement = cost_of(model, found.model, proof.split(BATCH))
+    found = fold_nam(model, (batch.to(device) for batch in job.task.calibration()), bound=bound)
+    proof = job.task.proof(job.recipe.parity_inputs).split(BATCH)
+    error, agreement = cost_of(model, found.model, proof, job.task.forward)
     told = FoldedGates(bound=bound, gates=found.gates, output_error=error, top1_agreement=agreement)
     return found.model, told
 
@@ -97,7 +108,7 @@ def _writer(job: Job, found: Loaded, kind: Format) -> tuple[Callable[..., Parity
         source = found.record.lineage.source
         return partial(export_python, original=source), _about(found.record)
     write = export_onnx if kind == "onnx" else export_pt2
-    return partial(write, tolerance=job.recipe.tolerance), {}
+    return partial(write, tolerance=job.recipe.tolerance), dict(job.task.metadata(found.model))
 
 
 def _about(record: CheckpointRecord) -> dict[str, str]:
@@ -139,18 +150,20 @@ def compare(job: Job, dense: Loaded, slim: Loaded, folder: Path) -> RunResult:
     """
     base = timed(job, dense, slim, folder / "dense.onnx", folder / "model.onnx")
     result, file = base.result, base.file
-    metrics = slim.record.metrics
     columns = {
-        side: column.model_copy(update={"accuracy": metrics.get(name)})
-        for side, column, name in (
+        side: column.model_copy(update=dict(quality(slim, end)))
+        for side, column, end in (
             ("before", result.before, DENSE),
-            ("after", result.after, ACCURACY),
+            ("after", result.after, NOW),
         )
     }
+    cut, recovered = quality(slim, CUT), quality(slim, RECOVERED)
     return RunResult(
         **{**dict(result), **columns},
-        accuracy_cut=metrics.get(CUT),
-        accuracy_recovered=metrics.get(RECOVERED),
+        accuracy_cut=cut.accuracy,
+        metrics_cut=cut.metrics,
+        accuracy_recovered=recovered.accuracy,
+        metrics_recovered=recovered.metrics,
         onnx=OnnxResult(
             path=file.path,
             parity=file.parity,
@@ -181,7 +194,7 @@ def timed(job: Job, dense: Loaded, slim: Loaded, before: Path, after: Path) -> T
     files = [export(job, dense, before), export(job, slim, after)]
     times = measure(
         {file.path: file.path for file in files},
-        job.data.test_inputs(1),
+        job.task.proof(1),
         threads=job.recipe.threads,
         progress=job.progress,
     )
@@ -223,9 +236,8 @@ def _figures(job: Job, dense: Loaded, slim: Loaded) -> "dict[str, tuple[str, Fig
         "widths": ("Widths before and after the cut", figures.widths(last_cut(slim)[0])),
         **_recovery(slim),
     }
-    start = job.recipe.weights
-    # a checkpoint outlives the file that its training started from
-    if not dense.record.lineage.plans and (start is None or start.is_file()):
+    # a checkpoint outlives the files that its training started from
+    if not dense.record.lineage.plans and all(file.is_file() for file in _started_from(job)):
         fresh = factors(build(job))
         names = ("untrained", "trained")
         drawn["factors-trained"] = (
@@ -233,6 +245,13 @@ def _figures(job: Job, dense: Loaded, slim: Loaded) -> "dict[str, tuple[str, Fig
             figures.scale_factor_histogram(fresh, before, names=names),
         )
     return drawn
+
+
+def _started_from(job: Job) -> list[Path]:
+    """Return the files that a training began with."""
+    model, weights = job.recipe.model, job.recipe.weights
+    files = [] if weights is None else [weights]
+    return [*files, Path(model.removeprefix(YOLO))] if model.endswith(".pt") else files
 
 
 def _recovery(slim: Loaded) -> "dict[str, tuple[str, Figure]]":
@@ -267,7 +286,7 @@ def report(
     html = render(
         result,
         plan=last_cut(slim)[0],
-        title=f"{job.recipe.model} on {job.data.name}",
+        title=f"{job.recipe.model} on {job.task.name}",
         facts={"command": command, **facts(job)},
         figures=drawn,
     )
@@ -276,10 +295,11 @@ def report(
 
 def facts(job: Job) -> dict[str, str]:
     """Return what the numbers of this run depend on."""
-    packages = ("nampruner", "torch", "onnxruntime", "timm")
+    library = "ultralytics" if job.recipe.model.startswith(YOLO) else "timm"
+    packages = ("nampruner", "torch", "onnxruntime", library)
     return {
         "model": job.recipe.model,
-        "data": job.data.name,
+        "data": job.task.name,
         "seed": str(job.recipe.seed),
         "device": str(job.device),
         "processor": f"{processor()}, {os.cpu_count()} logical cores",

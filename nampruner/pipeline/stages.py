@@ -6,26 +6,23 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
 from nampruner import checkpoint
 from nampruner.aiming import settle_on_device
-from nampruner.config import Recipe
 from nampruner.errors import CheckpointError
 from nampruner.importance import score
-from nampruner.penalty import SparsityPenalty, fitting_strength
-from nampruner.pipeline.folders import is_made, link, parent_of
-from nampruner.pipeline.job import Job, Loaded, build, keep
-from nampruner.plan import Certificate, Measured, PruneResult, PruningPlan, Record
+from nampruner.pipeline.folders import forget, is_made, is_pt, link, parent_of
+from nampruner.pipeline.job import Job, Loaded, build, keep, record_of
+from nampruner.plan import Certificate, Measured, PruneResult, PruningPlan, Quality, Record
 from nampruner.pruning import restore
 from nampruner.selection import select
 from nampruner.settle import Cut
-from nampruner.training import FitSettings, fit
 
-ACCURACY = "accuracy"
-"""Metrics of a checkpoint: shares of the test images classified right …"""
-DENSE, CUT, RECOVERED = "accuracy_dense", "accuracy_cut", "accuracy_recovered"
-"""… by the network before the cut, right after it, and after recovery."""
+NOW, DENSE, CUT, RECOVERED = "", "_dense", "_cut", "_recovered"
+"""Ends of the names of a checkpoint's metrics: of the network in it, of the one before the cut, of
+the cut one, and of the recovered one."""
+
+
+UNKNOWN = Quality()
 
 
 class Made(Record):
@@ -67,31 +64,9 @@ def check(job: Job) -> None:
 
 def train(job: Job, out: Path, work: Path) -> None:
     """Train the recipe's model under the penalty; `work` keeps the training's state."""
-    recipe = job.recipe
-    model = build(job)
-    settings = FitSettings.sparse(recipe, recipe)
-    penalty = _penalty(model, recipe, steps=recipe.epochs * len(job.data.train))
-    fit(model, job.data, settings, penalty=penalty, folder=work, progress=job.progress)
-    keep(job, model, out, metrics={ACCURACY: job.accuracy(model, "after training")})
-
-
-def _penalty(model: nn.Module, recipe: Recipe, *, steps: int) -> SparsityPenalty | None:
-    if recipe.strength == 0:
-        return None
-    warmup = round(recipe.penalty_warmup * steps)
-    strength = recipe.strength
-    if strength is None:
-        # the mean rate of a one-cycle schedule is about half of its peak
-        strength = fitting_strength(recipe.lr / 2, steps - warmup / 2, momentum=recipe.momentum)
-    return SparsityPenalty(
-        model,
-        strength,
-        method=recipe.penalty,
-        nam=recipe.penalize_nam,
-        bn=recipe.penalize_bn,
-        warmup_steps=warmup,
-        momentum=recipe.momentum,
-    )
+    model = job.task.train(build(job), work, job.progress)
+    keep(job, model, out, metrics=job.measures(model, "after training"))
+    forget(work)
 
 
 def decide(job: Job, dense: Loaded) -> Cut:
@@ -106,60 +81,74 @@ def decide(job: Job, dense: Loaded) -> Cut:
         graph,
         job.scores(model, graph),
         job.recipe,
-        job.examples(),
+        job.task.examples(),
+        forward=job.task.forward,
         progress=job.progress,
     )
 
 
 def prune(job: Job, dense: Loaded, out: Path) -> None:
-    """Cut, certify and recover; the checkpoint tells what every step did to the accuracy."""
+    """Cut, certify and recover; the checkpoint tells how good the network was after every step."""
     cut = decide(job, dense)
-    metrics = {DENSE: _accuracy(job, dense), CUT: job.accuracy(cut.model, "after the cut")}
+    metrics = {DENSE: _measures(job, dense), CUT: job.measures(cut.model, "after the cut")}
     for model in (dense.model, cut.model):
         model.to(job.device)
     whole = restore(
         cut,
         dense.model,
-        job.calibration(),
+        job.task.calibration(),
         corrected=job.recipe.recover,
         allow_bias=job.recipe.allow_bias,
+        forward=job.task.forward,
         progress=job.progress,
     )
     if job.recipe.recover:
-        metrics[RECOVERED] = job.accuracy(whole.model, "after recovery")
-    metrics[ACCURACY] = metrics.get(RECOVERED, metrics[CUT])
+        metrics[RECOVERED] = job.measures(whole.model, "after recovery")
+    metrics[NOW] = metrics.get(RECOVERED, metrics[CUT])
     keep(
         job,
         whole.model.cpu(),
         out,
-        metrics=metrics,
+        metrics={
+            f"{name}{end}": share for end, found in metrics.items() for name, share in found.items()
+        },
         certificate=whole.certificate,
         parent=link(out, dense.folder),
     )
 
 
-def _accuracy(job: Job, found: Loaded) -> float:
-    """Return the test accuracy of a checkpoint, which knows it if it was made on these images."""
+def _measures(job: Job, found: Loaded) -> dict[str, float]:
+    """Return how good a checkpoint is; it knows that if it was made on these images."""
     options = ("data", "image_size", "seed")
     same = all(found.record.recipe.get(o) == getattr(job.recipe, o) for o in options)
-    known = found.record.metrics.get(ACCURACY) if same else None
-    return job.accuracy(found.model, "before the cut") if known is None else known
+    known = quality(found, NOW).measures if same else {}
+    return known or job.measures(found.model, "before the cut")
+
+
+def quality(found: Loaded, end: str) -> Quality:
+    """Return what a checkpoint says of one of its networks: `NOW`, `DENSE`, `CUT`, `RECOVERED`."""
+    metrics = found.record.metrics
+    others = tuple(other for other in (DENSE, CUT, RECOVERED) if other != end)
+    own = {
+        name.removesuffix(end): share
+        for name, share in metrics.items()
+        if name.endswith(end) and not name.endswith(others)
+    }
+    return Quality(accuracy=own.pop("accuracy", None), metrics=own)
 
 
 def finetune(job: Job, source: Loaded, out: Path, work: Path) -> None:
     """Train on after the cut, without the penalty; `work` keeps the training's state."""
-    recipe, record = job.recipe, source.record
-    settings = FitSettings.finetuning(recipe, recipe, recipe)
-    fit(source.model, job.data, settings, folder=work, progress=job.progress)
-    accuracy = job.accuracy(source.model, "after fine-tuning")
+    model, record = job.task.finetune(source.model, work, job.progress), source.record
     keep(
         job,
-        source.model,
+        model,
         out,
-        metrics={**record.metrics, ACCURACY: accuracy},
+        metrics={**record.metrics, **job.measures(model, "after fine-tuning")},
         certificate=record.certificate,
         parent=link(out, source.folder),
     )
+    forget(work)
 
 
 def last_cut(found: Loaded) -> tuple[PruningPlan, Certificate]:
@@ -180,11 +169,11 @@ def prune_result(found: Loaded) -> PruneResult:
     Raises:
         CheckpointError: it was never cut.
     """
-    metrics = found.record.metrics
+    recovered = quality(found, RECOVERED)
     return planned(
         *last_cut(found),
-        before=metrics.get(DENSE),
-        after=metrics.get(RECOVERED, metrics.get(CUT)),
+        before=quality(found, DENSE),
+        after=recovered if recovered.measures else quality(found, CUT),
         folder=found.folder,
     )
 
@@ -193,16 +182,16 @@ def planned(
     plan: PruningPlan,
     certificate: Certificate,
     *,
-    before: float | None = None,
-    after: float | None = None,
+    before: Quality = UNKNOWN,
+    after: Quality = UNKNOWN,
     folder: Path | None = None,
 ) -> PruneResult:
-    """Return a plan as a result; the accuracies are those before and after the cut."""
+    """Return a plan as a result; the qualities are those before and after the cut."""
     return PruneResult(
         requested=plan.requested,
         achieved=plan.achieved,
-        before=Measured(params=plan.before.params, macs=plan.before.macs, accuracy=before),
-        after=Measured(params=plan.after.params, macs=plan.after.macs, accuracy=after),
+        before=Measured(**dict(plan.before), **dict(before)),
+        after=Measured(**dict(plan.after), **dict(after)),
         certificate=certificate,
         left_alone=plan.left_alone,
         checkpoint=None if folder is None else str(folder),
@@ -219,10 +208,10 @@ def uncut_parent(found: Loaded) -> Path:
     cuts, folder, record = len(found.record.lineage.plans), found.folder, found.record
     while len(record.lineage.plans) == cuts:
         parent = parent_of(folder, record.parent)
-        if parent is None or not checkpoint.is_checkpoint(parent):
+        if parent is None or not (checkpoint.is_checkpoint(parent) or is_pt(parent)):
             raise CheckpointError(
                 f"{found.folder} was made from {parent or 'a model in memory'}, which is not there;"
                 " without it there is nothing to compare with"
             )
-        folder, record = parent, checkpoint.read(parent)
+        folder, record = parent, record_of(parent)
     return folder

@@ -14,7 +14,7 @@ Ultralytics is AGPL-3.0 and an optional extra: its API is called, in library.py.
 network.py   the heads' outputs, export    row.py        NAM in a model YAML
 source.py    networks from names           files.py      .pt files, the tripwire
 images.py    letterboxed images            trainers.py   one per task, keeps the network
-training.py  train, resume, validate
+data.py      what a data set says          training.py   train, resume, validate
 """
 
 from collections.abc import Sequence
@@ -23,23 +23,43 @@ from torch import Tensor, nn
 
 from nampruner import nam
 from nampruner.lineage import NamSite
-from nampruner.yolo.files import load, save
-from nampruner.yolo.images import images
-from nampruner.yolo.network import Exportable, forward
+from nampruner.yolo.data import DataSet, read_data
+from nampruner.yolo.files import describe_export, load, misfit, save
+from nampruner.yolo.images import images, read_images
+from nampruner.yolo.network import Exportable, channels_of, classes_of, forward
 from nampruner.yolo.row import NAMRow, register
 from nampruner.yolo.source import build, write_nam_yaml
-from nampruner.yolo.trainers import trainer
-from nampruner.yolo.training import Trained, resume, train, validate
+from nampruner.yolo.trainers import Sparsity, trainer
+from nampruner.yolo.training import (
+    Trained,
+    check_arguments,
+    finished,
+    fit,
+    resume,
+    train,
+    validate,
+)
 
 __all__ = [
+    "DataSet",
     "Exportable",
     "NAMRow",
+    "Sparsity",
     "Trained",
     "attach_nam",
     "build",
+    "channels_of",
+    "check_arguments",
+    "classes_of",
+    "describe_export",
+    "finished",
+    "fit",
     "forward",
     "images",
     "load",
+    "misfit",
+    "read_data",
+    "read_images",
     "register",
     "resume",
     "save",

@@ -20,7 +20,7 @@ from nampruner.lineage import Lineage, lineage, remember
 from nampruner.nam import NAM, ChannelNAM
 from nampruner.nam.attach import apply_nam
 from nampruner.yolo.library import DEFAULT_CFG_DICT, quiet, tasks
-from nampruner.yolo.network import TASKS, channels_of, check_whole, classes_of
+from nampruner.yolo.network import TASKS, channels_of, check_whole, classes_of, head_of
 from nampruner.yolo.row import NAMRow
 from nampruner.yolo.source import source_of
 
@@ -101,6 +101,22 @@ def load(
     return model
 
 
+def describe_export(model: nn.Module, image_size: int) -> dict[str, str]:
+    """Return what an exported file must say for Ultralytics to run it, by `imgsz=image_size`."""
+    network: Any = model
+    said: dict[str, Any] = {
+        "task": network.task,
+        "stride": int(max(network.stride)),
+        "batch": 1,
+        "imgsz": [image_size, image_size],
+        "names": dict(network.names),
+        "channels": channels_of(model),
+        "end2end": bool(getattr(network, "end2end", False)),
+        "kpt_shape": list(getattr(head_of(model), "kpt_shape", ())),
+    }
+    return {key: str(value) for key, value in said.items() if value != []}
+
+
 def misfit(has: int, what: str, wants: int) -> str:
     """Return the message for a network that was made for other data."""
     return (
@@ -111,7 +127,7 @@ def misfit(has: int, what: str, wants: int) -> str:
 
 def _opened(path: Path) -> nn.Module:
     if not path.is_dir():
-        return _network(_read(path), path)
+        return _network(entry_of(path), path)
     model: Any = checkpoint.load(path)
     classes = checkpoint.read(path).classes
     if classes:
@@ -160,7 +176,12 @@ def _unpack(model: Any, path: Path) -> None:
         raise NamPrunerError(f"{path}: what nampruner wrote is damaged; save it again") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def entry_of(path: Path) -> dict[str, Any]:
+    """Return what a `.pt` file holds, read without running code.
+
+    Raises:
+        NamPrunerError: it is not there, or holds what is not let in.
+    """
     if not path.is_file() or path.suffix != ".pt":
         raise NamPrunerError(
             f"there is no YOLO checkpoint {path}; give a .pt file that is there (nothing is "

@@ -1,7 +1,7 @@
 """Unlabelled images as a YOLO network gets them: letterboxed, RGB, in [0, 1]."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,23 +18,37 @@ from nampruner.yolo.library import (
 )
 
 _BATCH = 16
+Split = Literal["train", "val"]
 
 
 def images(
-    model: nn.Module, source: str | Path, *, image_size: int = 640, count: int = 256
+    model: nn.Module,
+    source: str | Path,
+    *,
+    image_size: int = 640,
+    count: int = 256,
+    split: Split = "train",
 ) -> list[Tensor]:
     """Return batches [N, 3, image_size, image_size] of at most `count` images, without labels.
 
     `source` is a folder, a file, a glob or a `.txt` list of images, or a data YAML (for
-    classification the folder of the data set), whose training images are taken. Images are drawn
-    at even distances, so that they are of all of the set. What `nampruner.prune` takes as `data`.
+    classification the folder of the data set), whose `split` is taken. Images are drawn at even
+    distances, so that they are of all of the set. What `nampruner.prune` takes as `data`.
 
     Raises:
         NamPrunerError: no image is there.
     """
-    paths = _paths(model, source)
+    classify = bool(model.task == "classify")
+    return read_images(source, classify=classify, image_size=image_size, count=count, split=split)
+
+
+def read_images(
+    source: str | Path, *, classify: bool, image_size: int, count: int, split: Split
+) -> list[Tensor]:
+    """Do what `images` does where there is no network yet."""
+    paths = _paths(source, classify, split)
     chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(count, len(paths)), dtype=int)]
-    fit = _fitting(model, image_size)
+    fit = _fitting(classify, image_size)
     tensors = []
     with quiet():
         for path in chosen:
@@ -43,8 +57,8 @@ def images(
     return list(torch.stack(tensors).split(_BATCH))
 
 
-def _fitting(model: nn.Module, size: int) -> Any:
-    if model.task == "classify":
+def _fitting(classify: bool, size: int) -> Any:
+    if classify:
         transform = classify_transforms(size)
         return lambda picture: transform(_picture(picture))
     box = LetterBox(new_shape=(size, size), auto=False)
@@ -62,10 +76,10 @@ def _picture(bgr: Any) -> Any:
     return Image.fromarray(np.ascontiguousarray(bgr[..., ::-1]))
 
 
-def _paths(model: nn.Module, source: str | Path) -> list[str]:
+def _paths(source: str | Path, classify: bool, split: Split) -> list[str]:
     try:
         with quiet():
-            found = _split(model, source)
+            found = _split(source, classify, split)
             files = [str(f) for part in found for f in LoadImagesAndVideos(part).files]
     except Exception as error:  # Ultralytics raises all kinds, and they say what is wrong
         raise NamPrunerError(
@@ -75,11 +89,11 @@ def _paths(model: nn.Module, source: str | Path) -> list[str]:
     return sorted(files)
 
 
-def _split(model: nn.Module, source: str | Path) -> list[str]:
+def _split(source: str | Path, classify: bool, split: Split) -> list[str]:
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
-        parts = check_det_dataset(path, autodownload=False)["train"]
+        parts = check_det_dataset(path, autodownload=False)[split]
         return [str(part) for part in (parts if isinstance(parts, list) else [parts])]
-    if model.task == "classify" and (path / "train").is_dir():
-        return [str(Path(check_cls_dataset(path)["train"]) / "**" / "*.*")]
+    if classify and (path / "train").is_dir():
+        return [str(Path(check_cls_dataset(path)[split]) / "**" / "*.*")]
     return [str(path)]

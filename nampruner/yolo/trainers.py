@@ -5,12 +5,13 @@ none do. The penalty travels as plain values on the network itself, so that it i
 process, and again when a training is resumed.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from nampruner.errors import NamPrunerError, did_you_mean
-from nampruner.penalty import SparsityPenalty, fitting_strength
+from nampruner.penalty import Method, SparsityPenalty, fitting_strength
 from nampruner.yolo.files import PENALTY, misfit
 from nampruner.yolo.library import (
     ClassificationTrainer,
@@ -21,6 +22,20 @@ from nampruner.yolo.library import (
     unwrap_model,
 )
 from nampruner.yolo.network import channels_of, check_whole, classes_of
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The penalty of a training: plain values, which travel on the network."""
+
+    strength: float | None
+    """Beside the loss of one image; None: fitted to the length of the run; 0: no penalty."""
+    method: Method = "proximal"
+    warmup_epochs: float = 0.0
+    nam: bool = True
+    """Whether NAM's factors are pulled."""
+    bn: bool = True
+    """Whether those of the network's own BN are."""
 
 
 class _Keeping:
@@ -100,15 +115,17 @@ def _fitting(model: Any, data: dict[str, Any]) -> nn.Module:
 def attach_penalty(trainer: Any) -> None:
     """Attach the penalty that the network asks for to the optimizer of this training."""
     model = unwrap_model(trainer.model)
-    wanted = getattr(model, PENALTY, None)
-    if not wanted or wanted["strength"] == 0:
+    wanted = Sparsity(**getattr(model, PENALTY, {"strength": 0}))
+    if wanted.strength == 0:
         return
     steps = max(1, len(trainer.train_loader) // trainer.accumulate)
     penalty = SparsityPenalty(
         model,
-        strength_of(trainer, wanted["strength"], steps * trainer.epochs),
-        method=wanted["method"],
-        warmup_steps=round(wanted["warmup_epochs"] * steps),
+        strength_of(trainer, wanted.strength, steps * trainer.epochs),
+        method=wanted.method,
+        nam=wanted.nam,
+        bn=wanted.bn,
+        warmup_steps=round(wanted.warmup_epochs * steps),
     )
     penalty.steps = trainer.start_epoch * steps
     penalty.attach(trainer.optimizer)

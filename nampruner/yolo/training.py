@@ -2,8 +2,10 @@
 
 import tempfile
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import nn
 
 from nampruner.errors import NamPrunerError, did_you_mean
 from nampruner.penalty import Method
-from nampruner.yolo.files import PENALTY, load, packed
+from nampruner.progress import Bar, Progress, Silent
+from nampruner.yolo.files import PENALTY, entry_of, load, packed
 from nampruner.yolo.library import (
     DEFAULT_CFG_DICT,
     ClassificationValidator,
@@ -23,7 +26,7 @@ from nampruner.yolo.library import (
     quiet,
 )
 from nampruner.yolo.network import TASKS, check_whole
-from nampruner.yolo.trainers import trainer
+from nampruner.yolo.trainers import Sparsity, trainer
 
 _OURS = ("model", "task", "mode", "resume", "pretrained")
 _ADAPTIVE = ("auto", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop")
@@ -77,66 +80,134 @@ def train(
     Warns:
         UserWarning: a penalty beside an optimizer that adapts its rates.
     """
+    sparsity = Sparsity(strength, method, penalty_warmup_epochs)
+    return fit(model, data, sparsity, arguments, verbose=verbose)
+
+
+def fit(
+    model: nn.Module,
+    data: str | Path,
+    sparsity: Sparsity,
+    arguments: dict[str, Any],
+    *,
+    verbose: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Do what `train` does, under a penalty that is a value.
+
+    Raises:
+        NamPrunerError: see `train`.
+    """
     check_whole(model)
-    _check_arguments(arguments)
-    penalized = strength is None or strength > 0
-    if penalized:
+    check_arguments(arguments)
+    if sparsity.strength != 0:
         _advise(arguments.setdefault("optimizer", "SGD"))
     start = packed(model)
-    wanted = {"strength": strength, "method": method, "warmup_epochs": penalty_warmup_epochs}
-    setattr(start, PENALTY, wanted)
+    setattr(start, PENALTY, asdict(sparsity))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "start.pt"
         torch.save({"model": start.float(), "train_args": {}}, path)
-        return _trained(str(start.task), verbose, model=str(path), data=str(data), **arguments)
+        given = {**arguments, "model": str(path), "data": str(data)}
+        return _trained(str(start.task), verbose, progress, given)
 
 
-def resume(last: str | Path, *, verbose: bool = False, **arguments: Any) -> Trained:
+def resume(
+    last: str | Path, *, verbose: bool = False, progress: Progress | None = None, **arguments: Any
+) -> Trained:
     """Go on with a training of `train` that was interrupted, from its `weights/last.pt`.
 
     Raises:
         NamPrunerError: there is no such checkpoint, or it was trained to its end.
     """
-    _check_arguments(arguments)
+    check_arguments(arguments)
     task = str(load(last).task)
     try:
-        return _trained(task, verbose, model=str(last), resume=str(last), **arguments)
+        given = {**arguments, "model": str(last), "resume": str(last)}
+        return _trained(task, verbose, progress, given)
     except AssertionError as error:
         raise NamPrunerError(f"{last}: {str(error).splitlines()[0]}; use train") from error
 
 
-def validate(model: nn.Module, data: str | Path, **arguments: Any) -> Mapping[str, float]:
+def finished(folder: str | Path) -> Trained | None:
+    """Return what a training left in its run folder, if it came to its end.
+
+    Raises:
+        NamPrunerError: what it left cannot be read.
+    """
+    last = Path(folder) / "weights" / "last.pt"
+    if not last.is_file() or entry_of(last).get("optimizer") is not None:
+        return None
+    return _left(Path(folder))
+
+
+def validate(
+    model: nn.Module | Path, data: str | Path, *, task: str | None = None, **arguments: Any
+) -> Mapping[str, float]:
     """Return Ultralytics' metrics of `model` on the validation images of a data YAML.
 
-    `arguments` are Ultralytics' own: imgsz, batch, conf, split … `model` is not changed.
+    `model` is not changed. It may be a file that Ultralytics runs, such as an ONNX file; then
+    `task` says what it is for. `arguments` are Ultralytics' own: imgsz, batch, conf, split …
 
     Raises:
         NamPrunerError: an argument is unknown.
     """
-    _check_arguments(arguments)
-    task = str(model.task)
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    check_arguments(arguments)
+    task = task or str(model.task if isinstance(model, nn.Module) else "detect")
+    judged = packed(model).float() if isinstance(model, nn.Module) else str(model)
+    with tempfile.TemporaryDirectory() as folder, quiet(), _threads():
         given = {"plots": False, "workers": 0, **arguments, "data": str(data), "task": task}
         validator = _VALIDATORS[task](save_dir=Path(folder), args={**given, "mode": "val"})
-        return _numbers(validator(model=packed(model).float()))
+        return _numbers(validator(model=judged))
 
 
-def _trained(task: str, verbose: bool, **arguments: Any) -> Trained:
+def _trained(
+    task: str, verbose: bool, progress: Progress | None, arguments: Mapping[str, Any]
+) -> Trained:
     given = {"workers": 0, "plots": False, **arguments, "task": task, "mode": "train"}
-    with quiet(verbose):
+    with quiet(verbose), _threads():
         session = trainer(task)(overrides=given)
-        session.train()
-        path = session.best if session.best.exists() else session.last
-        model = load(path)
-    entry = torch.load(path, map_location="cpu", weights_only=False)
-    return Trained(model, _numbers(entry.get("train_metrics") or {}), Path(session.save_dir))
+        with (progress or Silent()).bar("train", session.args.epochs) as bar:
+            session.add_callback("on_train_start", partial(_skip, bar))
+            session.add_callback("on_train_epoch_end", partial(_tell, bar))
+            session.train()
+    return _left(Path(session.save_dir))
+
+
+def _skip(bar: Bar, session: Any) -> None:
+    for _ in range(session.start_epoch):
+        bar.advance()
+
+
+def _tell(bar: Bar, session: Any) -> None:
+    bar.advance(loss=float(session.loss.detach()))
+
+
+def _left(folder: Path) -> Trained:
+    best, last = (folder / "weights" / name for name in ("best.pt", "last.pt"))
+    path = best if best.is_file() else last
+    return Trained(load(path), _numbers(entry_of(path).get("train_metrics") or {}), folder)
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Give torch its number of threads back, which Ultralytics sets for the whole process."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> Mapping[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """See that Ultralytics knows these training arguments, and that none follows from the network.
+
+    Raises:
+        NamPrunerError: one is unknown, or ours to say.
+    """
     known = set(DEFAULT_CFG_DICT) - set(_OURS)
     for name in arguments:
         if name in _OURS:
@@ -154,5 +225,5 @@ def _advise(optimizer: str) -> None:
             f"optimizer={optimizer}: rates that adapt, or are chosen for you (auto ignores lr0), "
             "move all scale factors alike, and the penalty separates them badly; use SGD",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
