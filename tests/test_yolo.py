@@ -155,6 +155,13 @@ file = YOLO(path).export(format="onnx", imgsz=64, simplify=False)
 import onnx
 kept = sum(np.prod(t.dims) for t in onnx.load(file).graph.initializer)
 assert kept < 1.02 * before, (kept, before)
+import onnxruntime, torch
+image = np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
+with torch.no_grad():
+    wanted = YOLO(path).model.float().eval()(torch.from_numpy(image))[0].numpy()
+session = onnxruntime.InferenceSession(file)
+found = session.run(None, {session.get_inputs()[0].name: image})[0]
+assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 print("fine")
 """
 
