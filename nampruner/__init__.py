@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nampruner.errors import NamPrunerError as NamPrunerError
     from nampruner.errors import NoEffectWarning as NoEffectWarning
     from nampruner.errors import ParityError as ParityError
+    from nampruner.export import export_fp16 as export_fp16
+    from nampruner.export import export_int8 as export_int8
     from nampruner.export import export_onnx as export_onnx
     from nampruner.export import export_pt2 as export_pt2
     from nampruner.export import export_python as export_python
@@ -73,6 +75,8 @@ _CONTENTS: dict[str, str] = {
     "load": "nampruner.checkpoint",
     "fold_nam": "nampruner.nam",
     "export_onnx": "nampruner.export",
+    "export_int8": "nampruner.export",
+    "export_fp16": "nampruner.export",
     "export_pt2": "nampruner.export",
     "export_python": "nampruner.export",
     "measure": "nampruner.latency",

@@ -19,6 +19,8 @@ Importance = Literal["auto", "nam", "bn", "magnitude", "reconstruction", "taylor
 Allocation = Literal["global", "uniform", "error"]
 Precision = Literal["no", "fp16", "bf16"]
 Format = Literal["onnx", "pt2", "python"]
+Kind = Literal[Format, "int8", "fp16"]
+"""A format, or ONNX in fewer bits."""
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -178,15 +180,20 @@ class PruneOptions(LatencyOptions, SelectionOptions):
         return self
 
 
-class RecoveryOptions(Options):
+class CalibrationOptions(Options):
+    """What may be looked at without labels."""
+
+    calibration: Positive = 1024
+    """Training images, without labels, for recovery, folded gates and INT8 ranges."""
+
+
+class RecoveryOptions(CalibrationOptions):
     """What is done after the cut without training."""
 
     recover: bool = True
     """Recalibrate and fold after the cut."""
     allow_bias: bool = False
     """Let recovery add a bias where a layer has none and no BN follows."""
-    calibration: Positive = 1024
-    """Training images, without labels, that recovery may look at."""
 
 
 class FinetuneOptions(Options):
@@ -242,12 +249,23 @@ class EvaluateCommand(RuntimeOptions, DataOptions):
     """Everything `nampruner evaluate` needs beside the checkpoint or ONNX file."""
 
 
-class ExportCommand(RuntimeOptions, DataOptions, ExportOptions):
+class ExportCommand(RuntimeOptions, LatencyOptions, DataOptions, CalibrationOptions, ExportOptions):
     """Everything `nampruner export` needs beside the checkpoint."""
 
-    # left out of what is merged into a recipe: `run` always writes ONNX
+    # left out of what is merged into a recipe: `run` always writes float ONNX
     format: Annotated[Format, Field(exclude=True)] = "onnx"
     """onnx, pt2 (a torch.export program) or python (weights and a model.py without nampruner)."""
+    int8: Annotated[bool, Field(exclude=True)] = False
+    """ONNX in 8 bits, but for nodes where that costs too much; compared with its float file."""
+    fp16: Annotated[bool, Field(exclude=True)] = False
+    """ONNX in half precision, for GPUs; inputs and outputs stay float32."""
+    agreement: Annotated[Fraction, Field(exclude=True)] = 0.99
+    """Smallest share of test images to which --int8 gives the answer of the float network."""
+
+    @property
+    def kind(self) -> Kind:
+        """What is written."""
+        return "int8" if self.int8 else "fp16" if self.fp16 else self.format
 
 
 class BenchCommand(LatencyOptions):

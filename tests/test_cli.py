@@ -144,6 +144,22 @@ MISTAKES = {
         lambda t, h: ["export", str(t), "--format", "python", "--fold-gates", "1e-3"],
         "--fold-gates does not apply",
     ),
+    "both in fewer bits": (
+        lambda t, h: ["export", str(t), "--int8", "--fp16"],
+        "--int8 and --fp16 were given together",
+    ),
+    "int8 of another format": (
+        lambda t, h: ["export", str(t), "--int8", "--format", "pt2"],
+        "--int8 is ONNX; leave out --format pt2",
+    ),
+    "int8 within a tolerance": (
+        lambda t, h: ["export", str(t), "--int8", "--tolerance", "1e-3"],
+        "--tolerance does not apply to --int8",
+    ),
+    "agreement of half": (
+        lambda t, h: ["export", str(t), "--fp16", "--agreement", "0.9"],
+        "--agreement does not apply to --fp16, only to --int8",
+    ),
     "time": (lambda t, h: ["prune", str(t), "--latency", "soon"], "give 60%, 0.6 or 5ms"),
     "rounding to nothing": (
         lambda t, h: ["prune", str(t), "--ratio", "0.3", "--round-to", "0"],
@@ -345,6 +361,38 @@ def test_other_formats_have_names_of_their_own(
         assert '# "data": "digits"' in Path(default, "model.py").read_text()
     assert call([*line, "--out", "dense"]) == 2
     assert f"dense exists and is no {kind} export" in capsys.readouterr().err
+
+
+def test_int8_is_told_beside_its_float_file(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["export", str(trained), "--int8", "--calibration", "64", "--agreement", "0.5"]
+    assert call([*line, "--out", "int8.onnx", "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+
+    gain = exported["int8"]
+    assert (exported["format"], exported["path"]) == ("int8", "int8.onnx")
+    assert gain["calibration"] == 64
+    assert exported["size_bytes"] == Path("int8.onnx").stat().st_size
+    assert gain["latency"]["threads"] == gain["latency_float"]["threads"] == 1
+    assert call(["evaluate", "int8.onnx", "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["accuracy"] == gain["accuracy"]
+    assert exported["parity"]["inputs"] == evaluated["images"]
+    assert [path.name for path in here.iterdir()] == ["int8.onnx"]
+
+
+def test_half_has_a_tolerance_of_its_own(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["export", str(trained), "--fp16", "--out", "half.onnx"]
+    assert call([*line, "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert exported["format"] == "fp16"
+    assert 1e-6 < exported["parity"]["max_relative"] < 1e-2
+
+    assert call([*line, "--tolerance", "1e-6"]) == 2
+    assert "1e-06 is allowed" in capsys.readouterr().err
 
 
 def test_rank_shows_scores_and_touches_nothing(

@@ -234,9 +234,9 @@ def evaluate(
 @app.command(
     sort_key=next(ORDER),
     help_epilogue=examples(
-        "nampruner export runs/x/slim --out model.onnx",
-        "nampruner export runs/x/slim --parity-inputs 256 --tolerance 1e-5",
+        "nampruner export runs/x/slim --out model.onnx --tolerance 1e-5",
         "nampruner export runs/x/slim --format python --out my/network",
+        "nampruner export runs/x/slim --int8 --calibration 512",
     ),
 )
 def export(

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nampruner.plan import PruneResult, PruningPlan
+from nampruner.plan import Int8Gain, PruneResult, PruningPlan
 
 if TYPE_CHECKING:
     from nampruner.pipeline.look import Benchmark, Evaluated, Ranking
@@ -87,8 +87,32 @@ def exported(value: "Exported") -> list[RenderableType]:
     if parity.top1_agreement is not None:
         proof = ("top-1 agrees", f"{100 * parity.top1_agreement:.2f} % of {parity.inputs}")
     row = (value.path, size(value.size_bytes), f"{parity.max_relative:.1e}", proof[1])
-    shown = table(value.format, "size", "apart (relative)", proof[0], rows=[row])
-    return [shown, Text(f"{folded_gates(value.folded)}.")] if value.folded else [shown]
+    columns = (value.format, "size", "apart (relative)", proof[0])
+    shown: list[RenderableType] = [table(*columns, rows=[row])]
+    if value.folded:
+        shown.append(Text(f"{folded_gates(value.folded)}."))
+    return [*shown, *_int8(value.int8)] if value.int8 else shown
+
+
+def _int8(value: Int8Gain) -> list[RenderableType]:
+    """Return INT8 beside float, and what stayed float."""
+    from nampruner.report import milliseconds, percent
+
+    rows = [("latency", milliseconds(value.latency_float), milliseconds(value.latency))]
+    if value.accuracy_float is not None and value.accuracy is not None:
+        rows.insert(0, ("test accuracy", percent(value.accuracy_float), percent(value.accuracy)))
+    kept = ", ".join(each.node for each in value.kept_float) or "none"
+    told = value.verdict if value.faster else f"it is not faster here ({value.verdict})"
+    first = value.latency
+    return [
+        "",
+        table("", "float", "INT8", rows=rows),
+        Text(
+            f"{value.quantized} nodes are INT8, {len(value.kept_float)} stay float: {kept}. "
+            f"INT8 against float: {told}; batch {first.batch}, {_threads(first.threads)}, "
+            f"{first.runtime}."
+        ),
+    ]
 
 
 def benchmark(value: "Benchmark") -> list[RenderableType]:

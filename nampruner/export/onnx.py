@@ -1,8 +1,8 @@
 """ONNX: write, simplify, check, and prove on real inputs; the only place that knows onnx.
 
 A file appears under its final name only after ONNX Runtime has computed what PyTorch computes, so
-`model.onnx` on disk is always a file that was right. INT8 belongs between `_simplified` and
-`published`: another proto, the same proof.
+`model.onnx` on disk is always a file that was right. Nodes are named after the modules they come
+from. INT8 and half are made of the same graph.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from nampruner.errors import NamPrunerError
 from nampruner.export.files import not_exported, published, quiet
+from nampruner.export.names import name_nodes
 from nampruner.export.parity import (
     BATCH,
     Inputs,
+    Runner,
     as_tuple,
     batches_of,
     compare,
@@ -32,7 +34,7 @@ from nampruner.export.parity import (
 from nampruner.latency import Array, device_of, feeds, open_session
 from nampruner.nam import fold_nam, nam_modules
 from nampruner.plan import Parity
-from nampruner.progress import Progress, Silent
+from nampruner.progress import Bar, Progress, Silent
 
 _LARGEST_BYTES = 2**31 - 1
 """protobuf holds no more in one file."""
@@ -70,17 +72,37 @@ def export_onnx(
     real = example if inputs is None else as_tuple(inputs)
     steps = 2 + len(batches_of(real))
     with (progress or Silent()).bar("export", steps) as bar, settled(model):
-        proto = _traced(fold_nam(model).model if nam_modules(model) else model, example)
-        bar.advance()
-        proto = _simplified(proto)
-        onnx.helper.set_model_props(proto, dict(metadata or {}))
-        bar.advance()
+        proto = graph_of(model, example, bar)
         with published(Path(path), ".onnx") as draft:
-            onnx.save(proto, str(draft))
-            session = open_session(draft, torch.get_num_threads())
-            parity = compare(model, partial(_run, session), real, bar)
+            save(proto, draft, metadata)
+            parity = compare(model, runner_of(draft), real, bar)
             require(parity, tolerance, "ONNX Runtime")
     return parity
+
+
+def graph_of(model: nn.Module, example: tuple[Tensor, ...], bar: Bar) -> onnx.ModelProto:
+    """Return a model in eval mode as a graph, NAM folded, simplified and checked.
+
+    Raises:
+        NamPrunerError: the network cannot be exported, or is larger than one file holds.
+    """
+    proto = _traced(fold_nam(model).model if nam_modules(model) else model, example)
+    name_nodes(proto.graph)
+    bar.advance()
+    proto = _simplified(proto)
+    bar.advance()
+    return proto
+
+
+def save(proto: onnx.ModelProto, path: Path, metadata: Mapping[str, str] | None) -> None:
+    """Write a graph, and what it shall say of itself."""
+    onnx.helper.set_model_props(proto, dict(metadata or {}))
+    onnx.save(proto, str(path))
+
+
+def runner_of(path: Path) -> Runner:
+    """Return what runs a file in ONNX Runtime (CPU) on as many threads as PyTorch has."""
+    return partial(_run, open_session(path, torch.get_num_threads()))
 
 
 def run_onnx(

@@ -1,6 +1,6 @@
 """A label per image: the loaders, the loop and the loss of nampruner."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -70,6 +70,9 @@ class Classifiers:
 
     def proof(self, count: int) -> Tensor:
         return self.data.test_inputs(count)
+
+    def held_out(self) -> Iterable[Tensor]:
+        return (images for images, _ in self.data.test)
 
     def train(self, model: nn.Module, work: Path, progress: Progress) -> nn.Module:
         settings = FitSettings.sparse(self.recipe, self.recipe)

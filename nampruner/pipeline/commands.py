@@ -7,7 +7,7 @@ from nampruner.config import (
     TARGETS,
     ExportCommand,
     FinetuneCommand,
-    Format,
+    Kind,
     Options,
     PruneCommand,
     TrainCommand,
@@ -15,7 +15,8 @@ from nampruner.config import (
     merged,
 )
 from nampruner.errors import NamPrunerError
-from nampruner.pipeline import publish, stages
+from nampruner.export.half import TOLERANCE as HALF_TOLERANCE
+from nampruner.pipeline import int8, publish, stages
 from nampruner.pipeline.folders import (
     RUNS,
     bare_name,
@@ -34,8 +35,22 @@ from nampruner.pipeline.whole import run, trained
 from nampruner.plan import PruneResult, PruningPlan, RunResult
 from nampruner.progress import Progress
 
-_ENDINGS: dict[Format, str] = {"onnx": ".onnx", "pt2": ".pt2", "python": "-python"}
+_ENDINGS: dict[Kind, str] = {
+    "onnx": ".onnx",
+    "pt2": ".pt2",
+    "python": "-python",
+    "int8": "-int8.onnx",
+    "fp16": "-fp16.onnx",
+}
 """What is added to a checkpoint's name where no other was given."""
+_APPLIES: dict[str, tuple[tuple[Kind, ...], str]] = {
+    "fold_gates": (("onnx", "pt2", "int8", "fp16"), "whose outputs must be the same bits"),
+    "tolerance": (("onnx", "pt2", "fp16"), "which is judged by equal bits or by --agreement"),
+    "parity_inputs": (("onnx", "pt2", "python", "fp16"), "which is judged on all test images"),
+    "agreement": (("int8",), "only to --int8"),
+    "threads": (("int8",), "only to --int8, which is timed"),
+}
+"""Option → what it is for, and why it is for nothing else."""
 
 
 def run_command(
@@ -156,13 +171,29 @@ def export_command(
     Raises:
         NamPrunerError: see the stage.
     """
-    for option in ("tolerance", "fold_gates"):
-        if flags.format == "python" and option in flags.model_fields_set:
-            raise NamPrunerError(
-                f"{flag(option)} does not apply to --format python, whose outputs must be the same "
-                "bits; leave it out"
-            )
-    path = out or source.with_name(f"{bare_name(source)}{_ENDINGS[flags.format]}")
-    check_export_path(path, flags.format)
+    _check_combination(flags)
+    path = out or source.with_name(f"{bare_name(source)}{_ENDINGS[flags.kind]}")
+    check_export_path(path, flags.kind)
+    if flags.fp16 and "tolerance" not in flags.model_fields_set:
+        flags = flags.model_copy(update={"tolerance": HALF_TOLERANCE})
     job, found = resume(source, flags, trust=trust, progress=progress)
-    return publish.export(job, found, path, flags.format)
+    if flags.int8:
+        return int8.export(job, found, path, flags.agreement)
+    return publish.export(job, found, path, flags.kind)
+
+
+def _check_combination(flags: ExportCommand) -> None:
+    """See that no option was given that would do nothing.
+
+    Raises:
+        NamPrunerError: one was.
+    """
+    if flags.int8 and flags.fp16:
+        raise NamPrunerError("--int8 and --fp16 were given together; give one")
+    if flags.kind in ("int8", "fp16") and flags.format != "onnx":
+        raise NamPrunerError(f"--{flags.kind} is ONNX; leave out --format {flags.format}")
+    for option in sorted(flags.model_fields_set):
+        kinds, reason = _APPLIES.get(option, ((flags.kind,), ""))
+        if flags.kind not in kinds:
+            what = f"--{flags.kind}" if flags.kind in ("int8", "fp16") else f"--format {flags.kind}"
+            raise NamPrunerError(f"{flag(option)} does not apply to {what}, {reason}; leave it out")

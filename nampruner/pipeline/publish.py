@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nampruner import figures
 from nampruner.certificate import cost_of
 from nampruner.checkpoint import CheckpointRecord
-from nampruner.config import Format
+from nampruner.config import Kind
 from nampruner.errors import NamPrunerError
-from nampruner.export import export_onnx, export_pt2, export_python, read_metadata
+from nampruner.export import export_fp16, export_onnx, export_pt2, export_python, read_metadata
 from nampruner.export.parity import BATCH
 from nampruner.latency import compare as judge
 from nampruner.latency import device_of, measure
@@ -37,7 +37,16 @@ from nampruner.pipeline.stages import (
     quality,
 )
 from nampruner.pipeline.task import YOLO, exportable
-from nampruner.plan import FoldedGates, Latency, OnnxResult, Parity, PruneResult, Record, RunResult
+from nampruner.plan import (
+    FoldedGates,
+    Int8Gain,
+    Latency,
+    OnnxResult,
+    Parity,
+    PruneResult,
+    Record,
+    RunResult,
+)
 from nampruner.report import render
 from nampruner.staircase.device import processor
 
@@ -51,16 +60,17 @@ RECORD_KEY = "nampruner"
 class Exported(Record):
     """An exported file or folder and its proof."""
 
-    format: Format
+    format: Kind
     path: str
     size_bytes: int
     """Of the file, or of all files in the folder."""
     parity: Parity
     folded: FoldedGates | None = None
     """Only where gates were made constant."""
+    int8: Int8Gain | None = None
 
 
-def export(job: Job, found: Loaded, path: Path, kind: Format = "onnx") -> Exported:
+def export(job: Job, found: Loaded, path: Path, kind: Kind = "onnx") -> Exported:
     """Export a checkpoint and prove it on test images; the export carries the checkpoint's record.
 
     Raises:
@@ -69,7 +79,7 @@ def export(job: Job, found: Loaded, path: Path, kind: Format = "onnx") -> Export
     """
     check_export_path(path, kind)
     write, said = _writer(job, found, kind)
-    model, folded = (found.model, None) if kind == "python" else _folded(job, found.model)
+    model, folded = (found.model, None) if kind == "python" else folded_model(job, found.model)
     parity = write(
         model if kind == "python" else exportable(model),
         path,
@@ -85,7 +95,7 @@ def export(job: Job, found: Loaded, path: Path, kind: Format = "onnx") -> Export
     return Exported(format=kind, path=str(path), size_bytes=size, parity=parity, folded=folded)
 
 
-def _folded(job: Job, model: nn.Module) -> tuple[nn.Module, FoldedGates | None]:
+def folded_model(job: Job, model: nn.Module) -> tuple[nn.Module, FoldedGates | None]:
     """Make constants of the gates that hardly move, where that is asked, and say what it cost."""
     bound = job.recipe.fold_gates
     if bound is None:
@@ -101,13 +111,13 @@ def _folded(job: Job, model: nn.Module) -> tuple[nn.Module, FoldedGates | None]:
     return found.model, told
 
 
-def _writer(job: Job, found: Loaded, kind: Format) -> tuple[Callable[..., Parity], dict[str, str]]:
+def _writer(job: Job, found: Loaded, kind: Kind) -> tuple[Callable[..., Parity], dict[str, str]]:
     """Return what writes this format, and what is to be said beside the record."""
     if kind == "python":
         # it was built from that source a moment ago, so it is trusted
         source = found.record.lineage.source
         return partial(export_python, original=source), _about(found.record)
-    write = export_onnx if kind == "onnx" else export_pt2
+    write = {"onnx": export_onnx, "fp16": export_fp16, "pt2": export_pt2}[kind]
     return partial(write, tolerance=job.recipe.tolerance), dict(job.task.metadata(found.model))
 
 
@@ -123,7 +133,7 @@ def _about(record: CheckpointRecord) -> dict[str, str]:
     return {key: text for key, text in said.items() if text}
 
 
-def check_export_path(path: Path, kind: Format) -> None:
+def check_export_path(path: Path, kind: Kind) -> None:
     """See that writing `path` destroys nothing of anybody else's.
 
     Raises:

@@ -4,7 +4,7 @@ classifiers.py   a label per image: the loaders, the loop and the loss of nampru
 yolo.py          Ultralytics' networks, trained and judged by Ultralytics
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -67,6 +67,9 @@ class Task(Protocol):
 
     def proof(self, count: int) -> Tensor:
         """Return the first `count` held-out images [count, C, H, W], or all."""
+
+    def held_out(self) -> Iterable[Tensor]:
+        """Return all held-out images, in batches, without labels."""
 
     def train(self, model: nn.Module, work: Path, progress: Progress) -> nn.Module:
         """Train under the penalty, from where the same training in `work` was broken off."""

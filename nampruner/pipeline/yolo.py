@@ -3,7 +3,8 @@
 import csv
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ class Yolo:
 
     def proof(self, count: int) -> Tensor:
         return self._images("val", count)
+
+    def held_out(self) -> Iterable[Tensor]:
+        yield from self._images("val", sys.maxsize).split(self.recipe.batch_size)
 
     def _images(self, split: Any, count: int) -> Tensor:
         source, classify = self.data.source, self.data.classify
