@@ -408,6 +408,38 @@ def test_at_refuses_what_cannot_carry_nam(globs: tuple[str, ...], message: str) 
     assert hosts(model) == []
 
 
+class Chained(nn.Module):
+    """A branch that is an nn.Sequential and ends in an activation that another one shares."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def test_a_chain_of_layers_would_run_nam_twice() -> None:
+    model = network(Chained(nn.ReLU()))
+    with pytest.raises(NamPrunerError, match=r"give its last layer, '1\.branch\.2', in `at`"):
+        attach_nam(model, IMAGE, at=("1.branch",))
+    assert nam_modules(model) == {}
+    attach_nam(model, IMAGE, at=("1.branch.2",))
+    assert hosts(model) == ["1.branch.2"]
+
+
+def test_nor_is_it_chosen_where_its_last_layer_is_shared() -> None:
+    act = nn.ReLU()
+    model = network(Chained(act), Chained(act), Residual())
+    attach_nam(model, IMAGE)
+    assert hosts(model) == ["3.bn2"]
+    runs: list[str] = []
+    for name, module in nam_modules(model).items():
+        module.register_forward_hook(lambda *_, name=name: runs.append(name))
+    model(IMAGE)
+    assert sorted(runs) == ["3.bn2.nam.channel", "3.bn2.nam.spatial"]
+
+
 def test_a_host_carries_one_nam() -> None:
     model = network(Residual())
     attach_nam(model, IMAGE)

@@ -17,7 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from nampruner.errors import NamPrunerError, did_you_mean
 from nampruner.lineage import NamSite, lineage, remember
 from nampruner.modes import evaluating
-from nampruner.nam.branches import ForwardRecord, Inputs, call, record_forward
+from nampruner.nam.branches import (
+    ForwardRecord,
+    Inputs,
+    call,
+    record_forward,
+    runs_children,
+)
 from nampruner.nam.module import NAM, ChannelNAM, Parts, SpatialNAM, nam_modules
 
 _CHILD = "nam"
@@ -48,7 +54,8 @@ def attach_nam(
 
     Raises:
         NamPrunerError: no residual sum is found and `at` is empty; a glob matches nothing; a
-            module does not run exactly once or returns no [N, C, H, W]; it has a NAM already.
+            module does not run exactly once, is an nn.Sequential or returns no [N, C, H, W]; it
+            has a NAM already.
     """
     seen = record_forward(model, example_inputs, opaque=(NAM,))
     names = _matching(model, seen, at) if at else seen.branches
@@ -59,7 +66,7 @@ def attach_nam(
         NamSite(
             module=name,
             parts=parts,
-            **_sizes(seen, name),
+            **_sizes(seen, _single(model, name)),
             detach_weight=detach_weight,
             gain=gain,
         )
@@ -161,6 +168,19 @@ def _host(model: nn.Module, name: str) -> nn.Module:
             f"module {name!r} already has a child 'nam'; attach NAM once, or elsewhere with `at`"
         )
     return modules[name]
+
+
+def _single(model: nn.Module, name: str) -> str:
+    """Return `name`, of a module that would not run NAM a second time as one of its children."""
+    host = model.get_submodule(name)
+    if runs_children(host):
+        layers = [f"{name}.{child}" for child, _ in host.named_children()]
+        instead = f"its last layer, {layers[-1]!r}," if layers else "another one"
+        raise NamPrunerError(
+            f"module {name!r} runs its children in turn, and NAM would be one of them: give "
+            f"{instead} in `at` (--nam-at)"
+        )
+    return name
 
 
 def _matching(model: nn.Module, seen: ForwardRecord, globs: Sequence[str]) -> list[str]:

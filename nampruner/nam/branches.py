@@ -61,8 +61,15 @@ def record_forward(
         stack.enter_context(walk)
         call(model, example_inputs)
     # an activation that all blocks share ends none of them: the block around it does
-    ends = (next((n for n in names if walk.calls[n] == 1), None) for names in walk.branches)
+    modules = dict(model.named_modules())
+    once = {n for n in walk.calls if walk.calls[n] == 1 and not runs_children(modules[n])}
+    ends = (next((n for n in names if n in once), None) for names in walk.branches)
     return ForwardRecord(tuple(dict.fromkeys(n for n in ends if n)), walk.shapes, walk.calls)
+
+
+def runs_children(module: nn.Module) -> bool:
+    """Whether every child of the module runs in turn: one more would too."""
+    return type(module).forward is nn.Sequential.forward
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

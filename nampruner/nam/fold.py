@@ -155,10 +155,6 @@ def _host(model: nn.Module, path: str) -> nn.Module | None:
     host = model.get_submodule(name)
     if child != "nam" or list(host._forward_hooks.values()) != [apply_nam]:
         return None
-    while type(host).forward is nn.Sequential.forward and len(host):  # type: ignore[arg-type]
-        host = host[-1]  # type: ignore[index]
-        if host._forward_hooks:
-            return None
     # a layer that computes its weight, or that does more than the plain one, is not linear in it
     plain = type(host).forward in (nn.Conv2d.forward, _BatchNorm.forward)
     if not plain or host._forward_pre_hooks or parametrize.is_parametrized(host):
