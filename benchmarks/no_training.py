@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from bisection import largest_within
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -109,17 +110,7 @@ def ours(model: nn.Module, data: Data, macs: str, calibration: list[Tensor], how
 
 def theirs(model: nn.Module, data: Data, fraction: float, method: str) -> nn.Module:
     """Cut with torch-pruning, the same fraction everywhere, to at most the same MACs."""
-    low, high, best = 0.0, 0.95, None
-    for _ in range(7):
-        middle = (low + high) / 2
-        slim, left = _their_cut(model, data, middle, method)
-        if left > fraction:
-            low = middle
-        else:
-            high, best = middle, slim
-    if best is None:
-        raise RuntimeError(f"no ratio reaches {fraction:.0%} of the MACs")
-    return best
+    return largest_within(fraction, lambda ratio: _their_cut(model, data, ratio, method))
 
 
 def _their_cut(model: nn.Module, data: Data, ratio: float, method: str) -> tuple[nn.Module, float]:

@@ -4,6 +4,7 @@ import copy
 
 import torch
 import torch_pruning as tp
+from bisection import largest_within
 from torch import Tensor, nn
 from ultralytics.nn.modules.block import C2f
 
@@ -59,17 +60,7 @@ def cut(model: nn.Module, example: Tensor, fraction: float, method: str) -> nn.M
         Exception: whatever torch-pruning raises where it cannot do a network.
         RuntimeError: no ratio gets there.
     """
-    low, high, best = 0.0, 0.95, None
-    for _ in range(7):
-        middle = (low + high) / 2
-        slim, left = _at(model, example, middle, method)
-        if left > fraction:
-            low = middle
-        else:
-            high, best = middle, slim
-    if best is None:
-        raise RuntimeError(f"no ratio reaches {fraction:.0%} of the MACs")
-    return best
+    return largest_within(fraction, lambda ratio: _at(model, example, ratio, method))
 
 
 def _at(model: nn.Module, example: Tensor, ratio: float, method: str) -> tuple[nn.Module, float]:
