@@ -91,10 +91,19 @@ def _run(
         where = tracer.stack[-1] if tracer.stack else "(root)"
         raise GraphError(
             f"{type(model).__name__} does not run on the example inputs, in module {where!r}: "
-            f"{error}"
+            f"{error}{_apart(model, inputs)}"
         ) from error
     for tensor in _tensors(outputs, "returns"):
         tracer.ledger.freeze(tracer.labels_of(tensor), "output of the network")
+
+
+def _apart(model: nn.Module, inputs: Inputs) -> str:
+    """What to do where inputs lie on a device on which nothing of the network does."""
+    homes = {str(t.device) for t in (*model.parameters(), *model.buffers())}
+    away = {str(t.device) for t in _tensors(inputs, "takes")} - homes
+    if not homes or not away:
+        return ""
+    return f" (inputs on {', '.join(away)}, network on {', '.join(homes)}; bring them together)"
 
 
 def _tensors(values: Any, verb: str) -> list[Tensor]:
