@@ -199,6 +199,17 @@ def test_our_export_has_a_free_batch_size_and_the_slim_widths(tmp_path: Path) ->
     assert kept < 0.7 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n-seg.yaml", "yolov8n-pose.yaml"])
+def test_the_exported_head_computes_what_the_stock_one_does(name: str) -> None:
+    model = make(name).double()
+    with torch.no_grad():
+        theirs, ours = model(picture(2).double())[0], yolo.Exportable(model)(picture(2).double())
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    ours = ours[0] if isinstance(ours, tuple) else ours
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-9)
+    assert type(model.model[-1].dfl).__name__ == "DFL"  # type: ignore[union-attr, index]
+
+
 def test_training_keeps_nam_and_widths_and_pulls_factors(data: Path, tmp_path: Path) -> None:
     model = make()
     yolo.attach_nam(model, picture())

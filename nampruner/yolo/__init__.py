@@ -15,6 +15,7 @@ network.py   the heads' outputs, export    row.py        NAM in a model YAML
 source.py    networks from names           files.py      .pt files, the tripwire
 images.py    letterboxed images            trainers.py   one per task, keeps the network
 data.py      what a data set says          training.py   train, resume, validate
+expectation.py  distances, for ONNX Runtime
 """
 
 from collections.abc import Sequence

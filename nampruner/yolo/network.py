@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nampruner.errors import NamPrunerError
-from nampruner.yolo.library import is_qat
+from nampruner.yolo.expectation import Expectation
+from nampruner.yolo.library import DFL, is_qat
 
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 _FIRST = "scores"
@@ -62,6 +63,8 @@ class Exportable(nn.Module):
         head.export = decoded
         # anchors kept from an earlier call would fix the batch size
         head.dynamic = True
+        if isinstance(getattr(head, "dfl", None), DFL):
+            head.dfl = Expectation(head.reg_max).to(head.dfl.conv.weight)
 
     def forward(self, images: Tensor) -> Any:
         return self.network(images) if self.decoded else forward(self.network, images)
