@@ -275,6 +275,8 @@ class BenchCommand(LatencyOptions):
     """Images per forward pass."""
     rounds: Positive = 20
     """Turns that every candidate gets."""
+    per_layer: bool = False
+    """Also tell where the time goes, layer by layer; profiled, on the CPU."""
 
 
 class ReportCommand(RuntimeOptions, DataOptions, LatencyOptions, ExportOptions):

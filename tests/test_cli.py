@@ -308,6 +308,15 @@ def test_export_evaluate_and_bench(
     assert [each["path"] for each in candidates] == ["a.onnx", "b.onnx"]
     assert candidates[0]["times"] == 1.0
 
+    line = ["bench", "a.onnx", "b.onnx", "--rounds", "1", "--out", "figures/layers.png"]
+    assert call(line) == 2
+    assert "--per-layer" in capsys.readouterr().err
+    assert call([*line, "--per-layer"]) == 0
+    shown = capsys.readouterr().out
+    assert "conv1" in shown
+    assert "other layers" in shown
+    assert Path("figures/layers.png").read_bytes().startswith(b"\x89PNG")
+
 
 def test_gates_that_hardly_move_are_folded_and_told(
     trained: Path, here: Path, capsys: pytest.CaptureFixture[str]

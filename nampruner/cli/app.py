@@ -261,18 +261,21 @@ def export(
     help_epilogue=examples(
         "nampruner bench runs/x/dense runs/x/slim",
         "nampruner bench before.onnx after.onnx --threads 4 --batch 8",
+        "nampruner bench runs/x/dense runs/x/slim --per-layer --out layers.png",
     ),
 )
 def bench(
     *paths: Annotated[Path, Parameter(help="Checkpoints or ONNX files; the first is the measure.")],
     flags: Annotated[BenchCommand, FLAT] = BenchCommand(),
+    out: Annotated[Path | None, Parameter(help="The figure of --per-layer, a PNG.")] = None,
     json: Json = False,
     trust_source: Trust = False,
 ) -> None:
     """Time networks in turns, all as ONNX in ONNX Runtime, and say which is faster."""
     from nampruner.pipeline.look import bench as measured
 
-    found = measured(paths, flags, trust=trust_source, progress=console.progress())
+    progress = console.progress()
+    found = measured(paths, flags, figure=out, trust=trust_source, progress=progress)
     console.show(found, *console.benchmark(found), as_json=json)
 
 
