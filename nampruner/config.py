@@ -149,7 +149,9 @@ class SelectionOptions(Options):
     """Globs of layers to leave alone."""
 
 
-TARGETS = ("ratio", "macs", "params", "latency")
+TARGETS = ("ratio", "macs", "params", "latency", "memory")
+ALONE = TARGETS[:-1]
+"""Of these at most one can be given; memory is a limit beside it, or a target by itself."""
 
 
 class PruneOptions(LatencyOptions, SelectionOptions):
@@ -163,6 +165,8 @@ class PruneOptions(LatencyOptions, SelectionOptions):
     """Parameters that may remain: 50%, 0.5 or 1.2M."""
     latency: Amount | None = None
     """Time of the exported network that may remain, as measured on this device: 60%, 0.6 or 5ms."""
+    memory: Amount | None = None
+    """Estimated peak of weights and activations at batch 1 that may remain: 60%, 0.6 or 20MB."""
 
     @model_validator(mode="before")
     @classmethod
@@ -174,7 +178,7 @@ class PruneOptions(LatencyOptions, SelectionOptions):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        given = [name for name in TARGETS if getattr(self, name) is not None]
+        given = [name for name in ALONE if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} were given together; give one target")
         return self

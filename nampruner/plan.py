@@ -19,7 +19,7 @@ class Record(BaseModel):
 
 
 class Request(Record):
-    """What the user asked for: exactly one of the targets is set."""
+    """What the user asked for: one of the targets, memory beside it or alone."""
 
     ratio: float | None = None
     """Fraction of the prunable channels to remove."""
@@ -29,6 +29,9 @@ class Request(Record):
     """Parameters that may remain, likewise."""
     latency: str | None = None
     """Measured time that may remain, as a fraction or absolute (`5ms`)."""
+    memory: str | None = None
+    """Bytes that may remain, as a fraction or absolute (`20MB`): alone, or beside another target
+    as what must hold as well."""
 
 
 class Achieved(Record):
@@ -40,6 +43,8 @@ class Achieved(Record):
     """Fraction of the MACs that remains."""
     params: float
     """Fraction of the parameters that remains."""
+    memory: float | None = None
+    """Fraction of the memory that remains; None in older plans."""
     latency: float | None = None
     """Fraction of the time that remains, measured on the exported network; None where it was not
     aimed at."""
@@ -52,6 +57,9 @@ class Size(Record):
     """Elements of all parameters."""
     macs: int
     """Multiply–accumulates of one forward pass at batch 1."""
+    memory: int | None = None
+    """Bytes: all parameters, and the most that lives beside them in one forward pass at batch 1, an
+    estimate by the order of its ops, see `nampruner.graph.memory`; None in older plans."""
 
 
 class LayerPlan(Record):
@@ -265,6 +273,7 @@ class PruningPlan(Record):
         lines.append(
             f"requested {asked}, achieved ratio {self.achieved.ratio:.3f}, "
             f"MACs {self.achieved.macs:.1%}, params {self.achieved.params:.1%} of before"
+            + ("" if self.achieved.memory is None else f", memory {self.achieved.memory:.1%}")
         )
         return "\n".join(lines)
 
@@ -289,6 +298,8 @@ class Measured(Quality):
 
     params: int
     macs: int
+    memory: int | None = None
+    """Bytes, see `Size`."""
     size_bytes: int | None = None
     """Size of the ONNX file."""
     latency: Latency | None = None

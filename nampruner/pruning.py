@@ -35,9 +35,9 @@ def plan_pruning(
 ) -> PruningPlan:
     """Decide which channels go; `model` is not changed.
 
-    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`, `latency`; and
-    `allocation`, `round_to`, `floor`, `ignore`. `importance` may be a callable, see
-    `nampruner.importance.score`.
+    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`, `latency`;
+    `memory`, alone or beside it as a limit; `allocation`, `round_to`, `floor`, `ignore`.
+    `importance` may be a callable, see `nampruner.importance.score`.
 
     Raises:
         NamPrunerError: an option is wrong.

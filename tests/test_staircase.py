@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from zoo import image
 
+from nampruner.budget import Device
 from nampruner.config import PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.export.single import write_convolution
 from nampruner.graph import DependencyGraph, trace
-from nampruner.selection import Device, quantum, select
+from nampruner.selection import quantum, select
 from nampruner.staircase import Bench, Geometry, layers_of, module_steps, savings, staircase
 from nampruner.staircase.device import cache_folder, fingerprint
 
