@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from nampruner.aiming import settle_on_device
 from nampruner.baking import baked
 from nampruner.certificate import Forward, cost_of
-from nampruner.config import TARGETS, PruneOptions, parse
+from nampruner.config import TARGETS, PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.graph import trace
 from nampruner.importance import Batches, Custom, score
+from nampruner.options import parse
 from nampruner.plan import PruningPlan
 from nampruner.progress import Progress
 from nampruner.recovery import find, fold_constants, judged

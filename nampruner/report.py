@@ -18,13 +18,11 @@ from nampruner.plan import (
     FoldedGates,
     Latency,
     LayerRecovery,
-    OnnxResult,
-    PruneResult,
     PruningPlan,
     Request,
-    RunResult,
     Verdict,
 )
+from nampruner.results import OnnxResult, PruneResult, RunResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,12 +12,13 @@ from zoo import image
 from nampruner import aiming
 from nampruner.aiming import Shot, aim, known_device, next_share, read_latency, settle_on_device
 from nampruner.budget import Device
-from nampruner.config import PruneCommand, PruneOptions, Recipe, merged
+from nampruner.config import PruneCommand, PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.graph import DependencyGraph, trace
 from nampruner.latency.fresh import measure_fresh
 from nampruner.plan import Latency
 from nampruner.pruning import plan_pruning
+from nampruner.recipe import Recipe, merged
 from nampruner.selection import select
 from nampruner.settle import Cut, settle
 from nampruner.staircase import Bench, Timetable, layers_of

@@ -13,10 +13,11 @@ import pytest
 
 import nampruner
 from nampruner.cli import call
-from nampruner.config import PruneCommand, Recipe, RunCommand, merged
+from nampruner.config import PruneCommand, RunCommand
 from nampruner.console import bars
 from nampruner.export import read_metadata
 from nampruner.progress import Progress
+from nampruner.recipe import Recipe, merged
 
 TINY = ("--model", "resnet20?width=4", "--data", "digits", "--epochs", "1", "--round-to", "2")
 COMMANDS = (
@@ -262,6 +263,32 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
     assert "output of the network" in shown
     assert "checkpoint" not in result
     assert (everything(here), everything(trained.parent)) == before
+
+
+def test_memory_is_a_limit_alone_or_beside_another_target(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["prune", str(trained), "--round-to", "2", "--dry-run", "--json", "--memory"]
+    found = {}
+    for more in ([], ["--ratio", "0.1"]):
+        assert call([*line, "70%", *more]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["after"]["memory"] <= 0.7 * result["before"]["memory"]
+        assert result["requested"]["memory"] == "70%"
+        found[len(more)] = result
+    assert found[0]["before"]["memory"] > 4 * found[0]["before"]["params"]
+    assert call([*line, "1kB"]) == 2
+    assert "memory = '1kB' asks for 1000 bytes" in capsys.readouterr().err
+    target = trained.with_name(f"{trained.name}-ratio0.1-memory70pct")
+    try:
+        assert (
+            call(["prune", str(trained), "--round-to", "2", "--ratio", "0.1", "--memory", "70%"])
+            == 0
+        )
+        assert target.is_dir()
+        assert "memory, estimated" in capsys.readouterr().out
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def test_prune_and_what_looks_at_it(

@@ -33,7 +33,7 @@ from nampruner.config import (
     RunCommand,
     TrainCommand,
 )
-from nampruner.plan import PruneResult
+from nampruner.results import PruneResult
 
 
 def _status(result: PruneResult, *, allow_slower: bool) -> int:
@@ -79,8 +79,8 @@ def run(
 
     The folder is named after the options, so the same command goes on with its own unfinished run.
     """
-    from nampruner.config import read_recipe
     from nampruner.pipeline.commands import run_command
+    from nampruner.recipe import read_recipe
 
     base = read_recipe(recipe).model_dump(exclude_none=True) if recipe else {}
     progress = console.progress()

@@ -8,7 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nampruner.plan import Int8Gain, PruneResult, PruningPlan
+from nampruner.plan import Int8Gain, PruningPlan
+from nampruner.results import PruneResult
 
 if TYPE_CHECKING:
     from nampruner.pipeline.layers import PerLayer

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from nampruner import checkpoint
-from nampruner.config import TARGETS, Recipe, read_recipe
+from nampruner.config import TARGETS
 from nampruner.errors import CheckpointError, NamPrunerError
+from nampruner.recipe import Recipe, read_recipe
 
 RUNS = Path("runs")
 RECIPE = "recipe.yaml"

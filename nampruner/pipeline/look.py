@@ -10,13 +10,14 @@ from torch import Tensor
 
 from nampruner import figures
 from nampruner.checkpoint import CheckpointRecord, parse_record
-from nampruner.config import TARGETS, BenchCommand, Options, RankCommand, Recipe
+from nampruner.config import TARGETS, BenchCommand, RankCommand
 from nampruner.errors import NamPrunerError
 from nampruner.export import export_onnx, read_metadata
 from nampruner.graph import DependencyGraph, UnitGroup
 from nampruner.importance import Scores
 from nampruner.latency import compare, measure, open_session
 from nampruner.lineage import Lineage
+from nampruner.options import Options
 from nampruner.pipeline.folders import is_pt
 from nampruner.pipeline.job import Job, Loaded, load, prepare, recipe_of, resume
 from nampruner.pipeline.layers import PerLayer, draw_layers, per_layer
@@ -24,6 +25,7 @@ from nampruner.pipeline.publish import RECORD_KEY, scratch
 from nampruner.pipeline.task import Judged, exportable
 from nampruner.plan import Latency, Record
 from nampruner.progress import Progress, Silent
+from nampruner.recipe import Recipe
 from nampruner.selection import select
 from nampruner.staircase import Bench, GroupTime, Staircase, layers_of, savings
 
