@@ -189,7 +189,7 @@ def test_the_whole_chain_with_a_formula_for_a_clock(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        Bench, "_onnxruntime", lambda self, each: [treads(geometry) for geometry in each]
+        Bench, "_onnxruntime", lambda self, each, int8: [treads(geometry) for geometry in each]
     )
     whole = network_ms(model)
     monkeypatch.setattr(

@@ -457,7 +457,7 @@ def test_rank_says_where_a_step_of_width_saves_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
     # as wide as in blocks of eight channels
     monkeypatch.setattr(
-        bench.Bench, "_onnxruntime", lambda _, each: [float(-(-g.outputs // 8)) for g in each]
+        bench.Bench, "_onnxruntime", lambda _, each, int8: [float(-(-g.outputs // 8)) for g in each]
     )
     line = ["rank", str(trained), "--latency", "--out", "scores.png"]
     assert call([*line, "--json"]) == 0
@@ -470,7 +470,7 @@ def test_rank_says_where_a_step_of_width_saves_time(
     shown = capsys.readouterr().out
     assert "a step saves" in shown
     assert "importance paid" in shown
-    assert "Steps of this device: dense 8" in shown
+    assert "Steps of this device: dense 8 (float 8, INT8 8)" in shown
 
 
 def test_auto_rounding_is_measured_and_kept(
@@ -483,7 +483,7 @@ def test_auto_rounding_is_measured_and_kept(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
     monkeypatch.setattr(
-        bench.Bench, "_onnxruntime", lambda _, each: [float(-(-g.outputs // 2)) for g in each]
+        bench.Bench, "_onnxruntime", lambda _, each, int8: [float(-(-g.outputs // 2)) for g in each]
     )
     line = ["prune", str(trained), "--ratio", "0.3", "--round-to", "auto", "--dry-run"]
     assert call([*line, "--json"]) == 0

@@ -192,8 +192,13 @@ def _times(value: "Ranking") -> list[RenderableType]:
         )
         for r in sorted(value.times, key=lambda row: -row.saved)
     ]
-    steps = ", ".join(f"{kind} {step}" for kind, step in value.staircase.steps.items())
-    threads = _threads(value.staircase.threads)
+    curves = value.staircase
+    ours, theirs = curves.steps_in(int8=False), curves.steps_in(int8=True)
+    steps = ", ".join(
+        f"{kind} {step} (float {ours[kind]}, INT8 {theirs.get(kind, '–')})"
+        for kind, step in curves.steps.items()
+    )
+    threads = _threads(curves.threads)
     caption = f"Of the time of all convolutions, ONNX Runtime, batch 1, {threads}. "
     caption += f"Steps of this device: {steps or 'none, the layers are too narrow'}."
     paid = "error paid" if value.importance == "reconstruction" else "importance paid"
