@@ -123,6 +123,25 @@ def test_half_precision_takes_half() -> None:
     assert 2 * peak(chain().half(), image().half()) == peak(chain())
 
 
+class Odd(nn.Module):
+    """Tensors without strides, or without a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.b(self.a(x)).mean((2, 3))
+        sparse = torch.sparse.mm(torch.eye(len(y)).to_sparse(), y).to_sparse().to_dense()
+        nested = torch.nested.nested_tensor(list(y.unbind())).to_padded_tensor(0.0)
+        return sparse, nested
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_odd_tensors_are_no_obstacle() -> None:
+    assert peak(Odd()) >= weights(Odd()) + FLOAT * 64 * (3 + 8 + 4)
+
+
 # -- in reality ------------------------------------------------------------------------------------
 
 

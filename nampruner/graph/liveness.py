@@ -29,9 +29,14 @@ class Lifetime:
     layers: Layers = field(default_factory=list)
     """Labels of a tensor that takes all of it."""
 
+    @staticmethod
+    def of(tensor: Tensor, first: int) -> "Lifetime":
+        """What is made for a tensor in a step; sparse and nested ones as if they were dense."""
+        return Lifetime(_bytes(tensor), () if tensor.is_nested else tuple(tensor.shape), first)
+
     def look(self, tensor: Tensor, layers: Layers) -> None:
         """Take over the labels of a tensor that takes all of it."""
-        if layers and tensor.nbytes == self.nbytes:
+        if layers and _bytes(tensor) == self.nbytes:
             self.layers = layers
 
 
@@ -45,7 +50,8 @@ class Liveness:
 
     def take(self, tensor: Tensor) -> None:
         """An input of the network, there from the start to the end."""
-        own = Lifetime(tensor.nbytes, tuple(tensor.shape), 0, END, active=True)
+        own = Lifetime.of(tensor, 0)
+        own.last, own.active = END, True
         self.lifetimes.append(own)
         self._of[tensor] = own
 
@@ -69,7 +75,7 @@ class Liveness:
             if owner is not None and owner.last != END:
                 owner.last = self._step
         for tensor in made:
-            own = Lifetime(tensor.nbytes, tuple(tensor.shape), self._step)
+            own = Lifetime.of(tensor, self._step)
             if owners.setdefault(_place(tensor), own) is own:
                 self.lifetimes.append(own)
         for tensor in (*inputs, *results):
@@ -86,6 +92,10 @@ class Liveness:
             places = [d for d, size in enumerate(own.shape) if size == len(channels) and d > 0]
             if places and not own.layers:
                 own.layers = [along(channels, places[0], len(own.shape))]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _place(tensor: Tensor) -> int:
