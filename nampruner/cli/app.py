@@ -2,7 +2,6 @@
 
 Options come from `nampruner.config`: a flag is the field of a class there.
 """
-
 # ruff: noqa: B008  (the defaults are frozen)
 
 from importlib.metadata import version
@@ -259,9 +258,8 @@ def export(
 @app.command(
     sort_key=next(ORDER),
     help_epilogue=examples(
-        "nampruner bench runs/x/dense runs/x/slim",
-        "nampruner bench before.onnx after.onnx --threads 4 --batch 8",
         "nampruner bench runs/x/dense runs/x/slim --per-layer --out layers.png",
+        "nampruner bench before.onnx after.onnx --threads 4 --batch 8",
     ),
 )
 def bench(
