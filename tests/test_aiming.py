@@ -11,13 +11,15 @@ from zoo import image
 
 from nampruner import aiming
 from nampruner.aiming import Shot, aim, known_device, next_share, read_latency, settle_on_device
-from nampruner.config import PruneCommand, PruneOptions, Recipe, merged
+from nampruner.budget import Device
+from nampruner.config import PruneCommand, PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.graph import DependencyGraph, trace
 from nampruner.latency.fresh import measure_fresh
 from nampruner.plan import Latency
 from nampruner.pruning import plan_pruning
-from nampruner.selection import Device, select
+from nampruner.recipe import Recipe, merged
+from nampruner.selection import select
 from nampruner.settle import Cut, settle
 from nampruner.staircase import Bench, Timetable, layers_of
 
@@ -187,7 +189,7 @@ def test_the_whole_chain_with_a_formula_for_a_clock(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        Bench, "_onnxruntime", lambda self, each: [treads(geometry) for geometry in each]
+        Bench, "_onnxruntime", lambda self, each, int8: [treads(geometry) for geometry in each]
     )
     whole = network_ms(model)
     monkeypatch.setattr(

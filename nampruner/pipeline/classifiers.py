@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from nampruner import models
 from nampruner.checkpoint import InputSpec
-from nampruner.config import Recipe
 from nampruner.data import load_data
 from nampruner.errors import NamPrunerError
 from nampruner.importance import Batches
@@ -17,6 +16,7 @@ from nampruner.latency import feeds, open_session
 from nampruner.penalty import SparsityPenalty, fitting_strength
 from nampruner.pipeline.task import Judged
 from nampruner.progress import Progress
+from nampruner.recipe import Recipe
 from nampruner.training import FitSettings, check_match, evaluate, fit, resolve_device
 
 EXAMPLES = 4

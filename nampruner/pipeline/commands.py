@@ -8,14 +8,12 @@ from nampruner.config import (
     ExportCommand,
     FinetuneCommand,
     Kind,
-    Options,
     PruneCommand,
     TrainCommand,
-    flag,
-    merged,
 )
 from nampruner.errors import NamPrunerError
 from nampruner.export.half import TOLERANCE as HALF_TOLERANCE
+from nampruner.options import Options, flag
 from nampruner.pipeline import int8, publish, stages
 from nampruner.pipeline.folders import (
     RUNS,
@@ -32,8 +30,10 @@ from nampruner.pipeline.job import Job, Loaded, load, prepare, resume, trusted
 from nampruner.pipeline.publish import Exported, check_export_path, scratch, timed
 from nampruner.pipeline.stages import Made, check, made, make, planned, prune_result
 from nampruner.pipeline.whole import run, trained
-from nampruner.plan import PruneResult, PruningPlan, RunResult
+from nampruner.plan import PruningPlan
 from nampruner.progress import Progress
+from nampruner.recipe import merged
+from nampruner.results import PruneResult, RunResult
 
 _ENDINGS: dict[Kind, str] = {
     "onnx": ".onnx",

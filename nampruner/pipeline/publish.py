@@ -37,17 +37,9 @@ from nampruner.pipeline.stages import (
     quality,
 )
 from nampruner.pipeline.task import YOLO, exportable
-from nampruner.plan import (
-    FoldedGates,
-    Int8Gain,
-    Latency,
-    OnnxResult,
-    Parity,
-    PruneResult,
-    Record,
-    RunResult,
-)
+from nampruner.plan import FoldedGates, Int8Gain, Latency, Parity, Record
 from nampruner.report import render
+from nampruner.results import OnnxResult, PruneResult, RunResult
 from nampruner.staircase.device import processor
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from nampruner.certificate import Forward
 from nampruner.checkpoint import InputSpec
-from nampruner.config import Recipe
 from nampruner.importance import Batches
 from nampruner.lineage import lineage
-from nampruner.plan import Quality
 from nampruner.progress import Progress
+from nampruner.recipe import Recipe
+from nampruner.results import Quality
 
 
 class Judged(Quality):
