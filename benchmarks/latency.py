@@ -53,7 +53,7 @@ NETWORKS = {
 RATIOS = ("0.05", "0.1", "0.2", "0.3", "0.5", "0.7")
 TARGETS = ("80%", "60%", "40%")
 HALF = 0.5
-_PASSES = 3
+_PASSES = 5
 """Fresh processes per measurement."""
 _SEARCH = 6
 """Ratios that are tried to bring torch-pruning to the MACs."""

@@ -30,7 +30,7 @@ def report(records: list[Record]) -> str:
     parts = [
         f"{processor()}, onnxruntime {version('onnxruntime')}, torch {version('torch')}, "
         f"torch-pruning {version('torch-pruning')}, timm {version('timm')}; random BN statistics. "
-        f"Candidates run in turns, in three fresh processes. The machine has {os.cpu_count()} "
+        f"Candidates run in turns, in five fresh processes. The machine has {os.cpu_count()} "
         "cores, shared with other work; *load* is that of the last minute. So *ms* and *speed-up* "
         "are of the quietest turn of each (the smallest median of a turn), *median* is over all "
         "pairs of turns, with its 95 % interval. *Yield* is the speed-up over the MACs reduction: "

@@ -1,19 +1,24 @@
 """YOLO detectors: mAP dense, right after the cut, after fine-tuning, and the time of the ONNX file.
 
-Fashion-MNIST items on canvases (yolo_data.py): 600 images to train, 200 to validate, 128 px.
-Trained by SGD under the proximal penalty, one thread; cut by nampruner with and without recovery,
-and v8n by torch-pruning beside it; fine-tuned for a quarter of the training's epochs.
+Fashion-MNIST items on canvases (yolo_data.py): 600 images to train, 200 to validate, 320 px.
+Trained by SGD under the proximal penalty; cut by nampruner with and without recovery, and by
+torch-pruning beside it; fine-tuned for a quarter of the training's epochs. Every step is kept, so a
+network may be trained on one machine and timed on another.
 
     python benchmarks/yolo.py                               # v8n, 11n, 26n, three seeds; resumable
     python benchmarks/yolo.py --only yolov8n --seeds 1
+    python benchmarks/yolo.py --device 0 --workers 2        # trained on a GPU
     python benchmarks/yolo.py --write                       # table into benchmarks/results/
     python benchmarks/yolo.py --quick                       # minutes: does it run?
 """
 
 import argparse
+import copy
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,60 +32,66 @@ import nampruner
 from nampruner import latency, yolo
 from nampruner.pruning import prune
 
-NETWORKS = ("yolov8n", "yolo11n", "yolo26n")
-TARGETS: dict[str, dict[str, Any]] = {"50% MACs": {"macs": "50%"}, "ratio 0.3": {"ratio": 0.3}}
-OURS = {
-    "scale factors": {"importance": "auto"},
-    "reconstruction": {"importance": "reconstruction", "allocation": "error"},
+NETWORKS = ("yolov8n", "yolov8n-nam", "yolo11n", "yolo26n")
+HALF = "50% MACs"
+TARGETS: dict[str, dict[str, Any]] = {
+    HALF: {"macs": "50%"},
+    "ratio 0.3": {"ratio": 0.3},
+    "ratio 0.5": {"ratio": 0.5},
 }
 THEIRS = ("BNScale", "GroupMagnitude")
+ROUND_TO = 16
 RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the experiment is."""
+    """How large the experiment is, and where it is trained."""
 
     epochs: int = 60
     train: int = 600
     val: int = 200
-    pixels: int = 128
+    pixels: int = 320
     calibration: int = 256
+    device: str = "cpu"
+    workers: int = 0
 
     @property
-    def shared(self) -> dict[str, Any]:
-        """Ultralytics' arguments of every training."""
-        return {"imgsz": self.pixels, "batch": 16, "optimizer": "SGD", "device": "cpu"}
+    def judging(self) -> dict[str, Any]:
+        """Ultralytics' arguments of every validation and training."""
+        return {"imgsz": self.pixels, "batch": 16, "device": self.device}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Those of every training: no mixed precision, and no epoch is picked by its validation."""
+        given = {"optimizer": "SGD", "amp": False, "val": False, "workers": self.workers}
+        return {**self.judging, **given}
 
 
-QUICK = Size(epochs=4, train=48, val=16, pixels=64, calibration=32)
+QUICK = {"epochs": 4, "train": 48, "val": 16, "pixels": 64, "calibration": 32}
 
 
-def trained(name: str, seed: int, size: Size, data: Path, cache: Path) -> nn.Module:
-    """Train, or load what was trained before."""
-    file = cache / f"{name}-{seed}.pt"
-    if not file.exists():
-        torch.manual_seed(seed)
-        given = {"num_classes": len(CLASSES), "in_channels": 3, "image_size": size.pixels}
-        model = nampruner.build(f"yolo:{name}.yaml", **given)
-        done = yolo.train(
-            model,
-            data,
-            epochs=size.epochs,
-            lr0=0.02,
-            warmup_epochs=2.0,
-            close_mosaic=size.epochs // 4,
-            seed=seed,
-            project=str(cache),
-            name=f"{name}-{seed}",
-            exist_ok=True,
-            **size.shared,
-        )
-        yolo.save(done.model, file)
-    return yolo.load(file)
+def trained(name: str, seed: int, size: Size, data: Path, folder: Path) -> nn.Module:
+    """Train a dense network under the penalty."""
+    torch.manual_seed(seed)
+    given = {"num_classes": len(CLASSES), "in_channels": 3, "image_size": size.pixels}
+    return yolo.train(
+        nampruner.build(f"yolo:{name}.yaml", **given),
+        data,
+        epochs=size.epochs,
+        lr0=0.02,
+        warmup_epochs=2.0,
+        close_mosaic=size.epochs // 4,
+        seed=seed,
+        project=str(folder),
+        name="train",
+        exist_ok=True,
+        **size.training,
+    ).model
 
 
-def finetuned(model: nn.Module, seed: int, size: Size, data: Path, cache: Path) -> nn.Module:
+def finetuned(model: nn.Module, seed: int, size: Size, data: Path, folder: Path) -> nn.Module:
     """Train on without penalty for a quarter of the epochs."""
     epochs = max(1, size.epochs // 4)
     return yolo.train(
@@ -92,90 +103,120 @@ def finetuned(model: nn.Module, seed: int, size: Size, data: Path, cache: Path) 
         warmup_epochs=1.0,
         close_mosaic=epochs // 2,
         seed=seed,
-        project=str(cache),
+        project=str(folder),
         name="finetune",
         exist_ok=True,
-        **size.shared,
+        **size.training,
     ).model
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One trained network, and all that is needed to measure it."""
+    """One network and seed, and all that is needed to measure it."""
 
     name: str
     seed: int
     size: Size
     data: Path
-    cache: Path
+    folder: Path
 
-    def row(self, target: str, what: str, model: nn.Module, **more: Any) -> dict[str, Any]:
+    @cached_property
+    def model(self) -> nn.Module:
+        return self._network("dense", lambda: trained(self.name, self.seed, *self._where))
+
+    @cached_property
+    def images(self) -> list[Tensor]:
+        size, count = self.size.pixels, self.size.calibration
+        return yolo.images(self.model, self.data, image_size=size, count=count)
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        """What is asked for: half of the MACs, and of the first seed the ratios too."""
+        return (HALF,) if self.seed else tuple(TARGETS)
+
+    @property
+    def _where(self) -> tuple[Size, Path, Path]:
+        return self.size, self.data, self.folder
+
+    def _network(self, what: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """Load what was trained before, or train it; a training leaves float16 anyway."""
+        file = self.folder / f"{what}.pt"
+        if not file.exists():
+            yolo.save(copy.deepcopy(make()).half(), file)
+        return yolo.load(file)
+
+    def _rows(self, what: str, make: Callable[[], list[Row]]) -> list[Row]:
+        file = self.folder / f"{what}.json"
+        if not file.exists():
+            file.write_text(json.dumps(make(), indent=1))
+        rows: list[Row] = json.loads(file.read_text())
+        return rows
+
+    def measured(self) -> list[Row]:
+        """All rows of this network, each measured once."""
+        rows = self._rows("dense", lambda: [self.row("dense", "dense", self.model)])
+        for target in self._targets:
+            rows += self._rows(target, lambda t=target: self._ours(t))
+        rows += self._rows("torch-pruning", self._theirs)
+        return rows + self._rows("times", self._times)
+
+    def row(self, target: str, what: str, model: nn.Module, **more: Any) -> Row:
         """Validate `model`."""
-        found = yolo.validate(model, self.data, imgsz=self.size.pixels, batch=16, device="cpu")
+        found = yolo.validate(model, self.data, **self.size.judging)
         map50, map95 = (100 * found[f"metrics/mAP50{end}(B)"] for end in ("", "-95"))
         numbers = f"{map50:6.2f} {map95:6.2f}"
         print(f"  {self.name} {self.seed} {target:<10} {what:<40} {numbers}", flush=True)
-        facts = {"network": self.name, "seed": self.seed, "target": target, "what": what}
-        return {**facts, "mAP50": map50, "mAP50_95": map95, **more}
+        return {**self._facts(target, what), "mAP50": map50, "mAP50_95": map95, **more}
 
-    def measured(self) -> list[dict[str, Any]]:
-        """All rows of this network."""
-        model = trained(self.name, self.seed, self.size, self.data, self.cache)
-        images = yolo.images(
-            model, self.data, image_size=self.size.pixels, count=self.size.calibration
-        )
-        rows = [self.row("dense", "dense", model)]
-        for target, options in TARGETS.items():
-            rows += self._ours(model, images, target, options)
-        rows += self._theirs(model, images)
-        return rows
+    def _facts(self, target: str, what: str) -> Row:
+        return {"network": self.name, "seed": self.seed, "target": target, "what": what}
 
-    def _ours(
-        self, model: nn.Module, images: list[Tensor], target: str, options: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        rows, best = [], (-1.0, model)
-        for way, how in OURS.items():
-            given: dict[str, Any] = {"forward": yolo.forward, "batches": images, **options, **how}
-            bare = prune(model, images[0][:2], **given)
-            cut = prune(model, images[0][:2], data=images, **given)
+    def _ours(self, target: str) -> list[Row]:
+        given: dict[str, Any] = {"forward": yolo.forward, "round_to": ROUND_TO, **TARGETS[target]}
+        rows = []
+        for what, data in (("not recovered", None), ("recovered", self.images)):
+            cut = prune(self.model, self.images[0][:2], data=data, **given)
             left = {"macs": cut.plan.achieved.macs, "params": cut.plan.achieved.params}
-            rows.append(self.row(target, f"{way}, not recovered", bare.model, **left))
-            rows.append(self.row(target, f"{way}, recovered", cut.model, **left))
-            best = max(best, (rows[-1]["mAP50"], cut.model), key=lambda pair: pair[0])
-        slim = finetuned(best[1], self.seed, self.size, self.data, self.cache)
-        times = self._times(model, slim, images[0][:1])
-        return [*rows, self.row(target, "fine-tuned", slim, **times)]
+            rows.append(self.row(target, what, cut.model, **left))
+        slim = self._network(target, lambda: finetuned(cut.model, self.seed, *self._where))
+        return [*rows, self.row(target, "fine-tuned", slim)]
 
-    def _times(self, dense: nn.Module, slim: nn.Module, image: Tensor) -> dict[str, float]:
-        files = {}
-        for name, model in (("dense", dense), ("slim", slim)):
-            files[name] = self.cache / f"{self.name}-{self.seed}-{name}.onnx"
-            nampruner.export_onnx(yolo.Exportable(model), files[name], image)
-        found = latency.measure(files, image)
-        times = {f"{name}_ms": found[name].median_ms for name in files}
-        return {**times, "time": found["slim"].median_ms / found["dense"].median_ms}
-
-    def _theirs(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Any]]:
+    def _theirs(self) -> list[Row]:
         rows = []
         for method in THEIRS:
             what = f"torch-pruning {method}"
             try:
-                slim = yolo_theirs.cut(model, images[0][:1], 0.5, method)
-                rows.append(self.row("50% MACs", what, slim))
-                rows.append(self.row("50% MACs", f"{what} + BN", recalibrated(slim, images)))
+                slim = yolo_theirs.cut(self.model, self.images[0][:1], 0.5, method)
+                rows.append(self.row(HALF, what, slim))
+                rows.append(self.row(HALF, f"{what} + BN", recalibrated(slim, self.images)))
             except Exception as error:  # that it cannot is a result
                 reason = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
                 print(f"  {self.name} {what}: {reason}", flush=True)
-                rows.append({"network": self.name, "seed": self.seed, "target": "50% MACs",
-                             "what": what, "refused": reason})  # fmt: skip
+                rows.append({**self._facts(HALF, what), "refused": reason})
+        return rows
+
+    def _times(self) -> list[Row]:
+        """Time the exported networks in turns."""
+        image, files = self.images[0][:1], {}
+        for what in ("dense", *self._targets):
+            model = self.model if what == "dense" else yolo.load(self.folder / f"{what}.pt")
+            files[what] = self.folder / f"{what}.onnx"
+            nampruner.export_onnx(yolo.Exportable(model), files[what], image)
+        found = latency.measure(files, image)
+        rows = []
+        for what in self._targets:
+            ms, verdict = found[what].median_ms, latency.compare(found["dense"], found[what])
+            row = {"ms": ms, "dense_ms": found["dense"].median_ms, "time": 1 / verdict.speedup}
+            rows.append({**self._facts(what, "time of the ONNX file"), **row})
+            print(f"  {self.name} {self.seed} {what}: {row}", flush=True)
         return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Mean ± standard deviation over the seeds, as Markdown: mAP50 / mAP50-95, time."""
     networks = list(dict.fromkeys(row["network"] for row in rows))
     lines = [f"| mAP50 / mAP50-95 | {' | '.join(networks)} |", "|---|" + "---|" * len(networks)]
-    for target, what in dict.fromkeys((row["target"], row["what"]) for row in rows):
+    for target, what in sorted({(r["target"], r["what"]): None for r in rows}, key=_place):
         cells = []
         for network in networks:
             wanted = (network, target, what)
@@ -186,47 +227,58 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(rows: list[dict[str, Any]]) -> str:
+def _place(key: tuple[str, str]) -> int:
+    return ["dense", *TARGETS].index(key[0])
+
+
+def _cell(rows: list[Row]) -> str:
     if any("refused" in row for row in rows):
         return "cannot"
     if not rows:
         return "–"
+    if "time" in rows[0]:
+        dense = statistics.mean(row["dense_ms"] for row in rows)
+        return f"{_mean([row['time'] for row in rows], 2)}× of {dense:.1f} ms"
     text = " / ".join(_mean([row[key] for row in rows]) for key in ("mAP50", "mAP50_95"))
-    times = [row["time"] for row in rows if "time" in row]
-    return f"{text}, {statistics.mean(times):.2f}× the time" if times else text
+    macs = [100 * row["macs"] for row in rows if "macs" in row]
+    return f"{text} at {statistics.mean(macs):.0f}%" if macs else text
 
 
-def _mean(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+def _mean(values: list[float], digits: int = 1) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/")
     parser.add_argument("--only", choices=NETWORKS, help="this network")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of trainings, in Ultralytics' words")
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path("runs/yolo"))
-    options = parser.parse_args()
-    size, networks, seeds = Size(), NETWORKS, options.seeds
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
+    where = {"device": options.device, "workers": options.workers}
+    size, cache = Size(**where), options.cache.resolve()
+    networks: tuple[str, ...] = (options.only,) if options.only else NETWORKS
+    seeds = options.seeds
     if options.quick:
-        size, networks, seeds = QUICK, ("yolov8n",), 1
-        options.cache /= "quick"
-    cache = options.cache.resolve()
-    cache.mkdir(parents=True, exist_ok=True)
+        size, networks, seeds, cache = Size(**where, **QUICK), networks[:1], [0], cache / "quick"
     torch.set_num_threads(options.threads)
     counts = {"train": size.train, "val": size.val}
     data = canvases(cache / f"set-{size.pixels}", counts, size.pixels)
-    rows: list[dict[str, Any]] = []
-    for seed in range(seeds):
-        for name in (options.only,) if options.only else networks:
-            done = cache / f"{name}-{seed}.json"
-            if not done.exists():
-                found = Bench(name, seed, size, data, cache).measured()
-                done.write_text(json.dumps(found, indent=1))
-            rows += json.loads(done.read_text())
+    rows: list[Row] = []
+    for seed in seeds:
+        for name in networks:
+            folder = cache / f"{name}-{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            rows += Bench(name, seed, size, data, folder).measured()
     print(table(rows))
     if options.write:
         RESULTS.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST items on noisy canvases, as a detection set in Ultralytics' form."""
+"""Fashion-MNIST items on cloudy canvases, as a detection set in Ultralytics' form."""
 
 from pathlib import Path
 
@@ -22,9 +22,11 @@ CLASSES = [
     "bag",
     "boot",
 ]
-_MOST_ITEMS = 4
-_SMALLEST, _LARGEST = 28, 52
-"""Pixels of an item's square."""
+_MOST_ITEMS = 8
+_SMALLEST, _LARGEST = 1 / 8, 1 / 3
+"""Side of an item's square, as a part of the canvas."""
+_CLOUD = 16
+"""Pixels per random value of the background."""
 
 
 def canvases(folder: Path, counts: dict[str, int], pixels: int) -> Path:
@@ -43,7 +45,9 @@ def canvases(folder: Path, counts: dict[str, int], pixels: int) -> Path:
             (folder / part / split).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             canvas, boxes = _scene(items[split], draw, pixels)
-            Image.fromarray(canvas).save(folder / "images" / split / f"{number:05d}.png")
+            Image.fromarray(canvas).save(
+                folder / "images" / split / f"{number:05d}.jpg", quality=85
+            )
             (folder / "labels" / split / f"{number:05d}.txt").write_text("".join(boxes))
     splits = {split: f"images/{split}" for split in counts}
     file.write_text(yaml.safe_dump({"path": str(folder.resolve()), **splits, "names": CLASSES}))
@@ -54,11 +58,11 @@ def _scene(
     items: "Dataset[tuple[object, int]]", draw: np.random.Generator, pixels: int
 ) -> tuple[np.ndarray, list[str]]:
     """Return a canvas [H, W, 3] and its label lines; items do not overlap."""
-    canvas = draw.normal(60, 20, (pixels, pixels, 3))
+    canvas = _clouds(draw, pixels).copy()
     taken = np.zeros((pixels, pixels), bool)
     lines = []
     for _ in range(draw.integers(1, _MOST_ITEMS + 1)):
-        side = int(draw.integers(_SMALLEST, _LARGEST + 1))
+        side = int(pixels * draw.uniform(_SMALLEST, _LARGEST))
         x, y = (int(v) for v in draw.integers(0, pixels - side, 2))
         place = np.s_[y : y + side, x : x + side]
         if taken[place].any():
@@ -73,6 +77,13 @@ def _scene(
         box = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
         lines.append(f"{label} " + " ".join(f"{v / pixels:.5f}" for v in box) + "\n")
     return canvas.clip(0, 255).astype(np.uint8), lines
+
+
+def _clouds(draw: np.random.Generator, pixels: int) -> np.ndarray:
+    """Return a background [pixels, pixels, 3] in 0 … 255."""
+    few = draw.normal(80, 40, (pixels // _CLOUD + 1, pixels // _CLOUD + 1, 3)).clip(0, 255)
+    picture = Image.fromarray(few.astype(np.uint8))
+    return np.asarray(picture.resize((pixels, pixels), Image.Resampling.BICUBIC), dtype=np.float32)
 
 
 def _item(items: "Dataset[tuple[object, int]]", index: int, side: int) -> tuple[np.ndarray, int]:
