@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from boxes import SIZE, boxes, tiny
+from boxes import SIZE, boxes, formula, tiny
 
 import nampruner
 from nampruner import yolo
@@ -140,6 +140,36 @@ def test_a_pt_of_ultralytics_goes_through_every_stage(
     assert Path(tuned["checkpoint"]).name == "best-ratio0.3-finetuned"
     assert stages.uncut_parent(job.load(Path(tuned["checkpoint"]))) == best
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_target_in_time_is_that_of_the_exported_detector(
+    finished: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    formula(monkeypatch, tmp_path)
+    dense = yolo.load(finished / "dense")
+    best = str(yolo.save(dense, tmp_path / "best.pt"))
+    options = ["--data", str(data), *SHORT[:6]]
+
+    result = shown(["prune", best, *options, "--latency", "60%"], capsys)
+
+    slim = yolo.load(result["checkpoint"])
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (dense, slim)]
+    assert result["achieved"]["latency"] == pytest.approx(sizes[1] / sizes[0], rel=0.1)
+    assert result["achieved"]["latency"] == pytest.approx(0.6, rel=0.1)
+    images = yolo.images(dense, data, image_size=SIZE)
+    pruned = nampruner.prune(dense, images[0], forward=yolo.forward, latency="60%")
+    assert pruned.plan.achieved.latency == pytest.approx(0.6, rel=0.1)
+
+    steps = shown(["rank", best, *options, "--latency"], capsys)
+    assert sum(row["share"] for row in steps["times"]) == pytest.approx(1.0, abs=0.2)
+    planned = shown(
+        ["prune", best, *options, "--macs", "50%", "--round-to", "auto", "--dry-run"], capsys
+    )
+    assert planned["achieved"]["macs"] < 0.6
 
 
 def test_a_broken_off_training_goes_on(

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from nampruner.errors import NamPrunerError
-from nampruner.export import export_int8, export_onnx
+from nampruner.export import export_int8, export_onnx, exportable
 from nampruner.latency import compare, measure
 from nampruner.pipeline.job import Job, Loaded
 from nampruner.pipeline.publish import RECORD_KEY, Exported, folded_model, scratch
-from nampruner.pipeline.task import exportable
 from nampruner.plan import Int8Gain, Latency
 
 

@@ -20,7 +20,14 @@ from nampruner.certificate import cost_of
 from nampruner.checkpoint import CheckpointRecord
 from nampruner.config import Kind
 from nampruner.errors import NamPrunerError
-from nampruner.export import export_fp16, export_onnx, export_pt2, export_python, read_metadata
+from nampruner.export import (
+    export_fp16,
+    export_onnx,
+    export_pt2,
+    export_python,
+    exportable,
+    read_metadata,
+)
 from nampruner.export.parity import BATCH
 from nampruner.latency import compare as judge
 from nampruner.latency import device_of, measure
@@ -36,7 +43,7 @@ from nampruner.pipeline.stages import (
     prune_result,
     quality,
 )
-from nampruner.pipeline.task import YOLO, exportable
+from nampruner.pipeline.task import YOLO
 from nampruner.plan import (
     FoldedGates,
     Int8Gain,

@@ -14,7 +14,6 @@ from nampruner.certificate import Forward
 from nampruner.checkpoint import InputSpec
 from nampruner.config import Recipe
 from nampruner.importance import Batches
-from nampruner.lineage import lineage
 from nampruner.plan import Quality
 from nampruner.progress import Progress
 
@@ -89,15 +88,6 @@ class Task(Protocol):
 
 YOLO = "yolo:"
 """What the spec of such a network begins with."""
-
-
-def exportable(model: nn.Module) -> nn.Module:
-    """Return what is exported of a network: tensors out, whatever else it gives."""
-    if not (lineage(model).source or "").startswith(YOLO):
-        return model
-    from nampruner.yolo import Exportable
-
-    return Exportable(model)
 
 
 def open_task(recipe: Recipe, *, trust: bool) -> Task:

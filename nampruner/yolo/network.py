@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,15 +24,28 @@ def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
         NamPrunerError: the network is fused or quantized, or no YOLO.
     """
     check_whole(model)
-    head = head_of(model)
-    before, head.export = head.export, False
-    try:
+    with _raw_outputs(head_of(model)):
         out = model(images)
-    finally:
-        head.export = before
     found = dict(_raw(out[1] if isinstance(out, tuple) else out, ""))
     first = [name for name in found if name.endswith(_FIRST)]
     return tuple(found[name] for name in (*first, *(n for n in found if n not in first)))
+
+
+@contextmanager
+def _raw_outputs(head: Any) -> Iterator[None]:
+    """Let a head give what it computes, and pick nothing."""
+    # where it is a property, both heads run either way
+    switched = isinstance(getattr(type(head), "end2end", None), property)
+    before, picks = head.export, switched and head.end2end
+    head.export = False
+    if picks:
+        head.end2end = False
+    try:
+        yield
+    finally:
+        head.export = before
+        if picks:
+            head.end2end = True
 
 
 def _raw(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -51,7 +65,7 @@ class Exportable(nn.Module):
 
     Boxes as Ultralytics' own export has them (for end-to-end heads [N, picks, 6 or more], else
     [N, 4 + classes, anchors]), or with `decoded` off the heads as `forward` gives them. Batch size
-    is free; H and W are those of the example.
+    is free; H and W are those of the example. Of two heads only the one in use is there.
     """
 
     def __init__(self, model: nn.Module, *, decoded: bool = True) -> None:
@@ -60,6 +74,8 @@ class Exportable(nn.Module):
         self.decoded = decoded
         head = head_of(self.network)
         head.export = decoded
+        if decoded and hasattr(head, "fuse"):
+            head.fuse()  # drops what only training needs
         # anchors kept from an earlier call would fix the batch size
         head.dynamic = True
 
