@@ -3,7 +3,8 @@
 onnx.py          one ONNX file                    int8.py, half.py   the same in fewer bits
 pt2.py           one torch.export program
 python.py        a folder: `model.safetensors` and a short `model.py`
-parity.py        how far two runtimes are apart   files.py   a file appears when it is right
+parity.py        how far two runtimes are apart   boxes.py   the boxes that they find
+files.py         a file appears when it is right
 names.py         which module a node is from      ranges.py  how large activations become
 form.py          what is exported of a network
 origin.py        how a network was built, as code

@@ -17,9 +17,10 @@ from nampruner.graph import DependencyGraph, UnitGroup
 from nampruner.importance import Scores
 from nampruner.latency import compare, measure, open_session
 from nampruner.lineage import Lineage
+from nampruner.pipeline.exporting import RECORD_KEY
 from nampruner.pipeline.folders import is_pt
 from nampruner.pipeline.job import Job, Loaded, load, prepare, recipe_of, resume
-from nampruner.pipeline.publish import RECORD_KEY, scratch
+from nampruner.pipeline.publish import scratch
 from nampruner.pipeline.task import Judged
 from nampruner.plan import Latency, Record
 from nampruner.progress import Progress, Silent

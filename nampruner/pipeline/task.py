@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from nampruner.certificate import Forward
 from nampruner.checkpoint import InputSpec
-from nampruner.config import Recipe
+from nampruner.config import ExportCommand, Recipe
+from nampruner.export.judges import Judge
 from nampruner.importance import Batches
 from nampruner.plan import Quality
 from nampruner.progress import Progress
@@ -81,6 +82,13 @@ class Task(Protocol):
 
     def evaluate_onnx(self, path: Path, progress: Progress) -> Judged:
         """Judge an ONNX file."""
+
+    def judge(self, exported: nn.Module, options: ExportCommand) -> Judge:
+        """Return who says whether INT8 is near enough to float.
+
+        Raises:
+            NamPrunerError: an option is for another kind of network.
+        """
 
     def metadata(self, model: nn.Module) -> Mapping[str, str]:
         """Return what an ONNX file says to others beside the record."""

@@ -23,6 +23,7 @@ try:
     from ultralytics.models.yolo.segment import SegmentationTrainer, SegmentationValidator
     from ultralytics.nn import tasks
     from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, ROOT, YAML
+    from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.torch_utils import is_qat, unwrap_model
 except ImportError as error:
     raise NamPrunerError(
@@ -53,6 +54,7 @@ __all__ = [
     "check_det_dataset",
     "classify_transforms",
     "is_qat",
+    "non_max_suppression",
     "quiet",
     "tasks",
     "unwrap_model",

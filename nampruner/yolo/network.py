@@ -8,7 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from nampruner.errors import NamPrunerError
+from nampruner.export.boxes import Detector
+from nampruner.latency import Array
 from nampruner.yolo.library import is_qat
+from nampruner.yolo.picks import boxes_of, picks
 
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 _FIRST = "scores"
@@ -60,7 +63,7 @@ def _raw(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _raw(inner, f"{name}.{number}")
 
 
-class Exportable(nn.Module):
+class Exportable(Detector):
     """A copy of a network, for `nampruner.export_onnx`: images [N, C, H, W] in, tensors out.
 
     Boxes as Ultralytics' own export has them (for end-to-end heads [N, picks, 6 or more], else
@@ -72,6 +75,8 @@ class Exportable(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(model).eval()
         self.decoded = decoded
+        self.boxed = decoded and model.task != "classify"
+        self.ordered = not (decoded and picks(model))
         head = head_of(self.network)
         head.export = decoded
         if decoded and hasattr(head, "fuse"):
@@ -81,6 +86,9 @@ class Exportable(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.network(images) if self.decoded else forward(self.network, images)
+
+    def picked(self, outputs: list[Array]) -> list[Array]:
+        return boxes_of(self.network, outputs)
 
 
 def head_of(model: nn.Module) -> Any:

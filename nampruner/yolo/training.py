@@ -92,8 +92,9 @@ def fit(
     *,
     verbose: bool = False,
     progress: Progress | None = None,
+    stage: str = "train",
 ) -> Trained:
-    """Do what `train` does, under a penalty that is a value.
+    """Do what `train` does, under a penalty that is a value; `stage` is the name of its bar.
 
     Raises:
         NamPrunerError: see `train`.
@@ -108,11 +109,16 @@ def fit(
         path = Path(folder) / "start.pt"
         torch.save({"model": start.float(), "train_args": {}}, path)
         given = {**arguments, "model": str(path), "data": str(data)}
-        return _trained(str(start.task), verbose, progress, given)
+        return _trained(str(start.task), verbose, progress, stage, given)
 
 
 def resume(
-    last: str | Path, *, verbose: bool = False, progress: Progress | None = None, **arguments: Any
+    last: str | Path,
+    *,
+    verbose: bool = False,
+    progress: Progress | None = None,
+    stage: str = "train",
+    **arguments: Any,
 ) -> Trained:
     """Go on with a training of `train` that was interrupted, from its `weights/last.pt`.
 
@@ -123,7 +129,7 @@ def resume(
     task = str(load(last).task)
     try:
         given = {**arguments, "model": str(last), "resume": str(last)}
-        return _trained(task, verbose, progress, given)
+        return _trained(task, verbose, progress, stage, given)
     except AssertionError as error:
         raise NamPrunerError(f"{last}: {str(error).splitlines()[0]}; use train") from error
 
@@ -161,12 +167,12 @@ def validate(
 
 
 def _trained(
-    task: str, verbose: bool, progress: Progress | None, arguments: Mapping[str, Any]
+    task: str, verbose: bool, progress: Progress | None, stage: str, arguments: Mapping[str, Any]
 ) -> Trained:
     given = {"workers": 0, "plots": False, **arguments, "task": task, "mode": "train"}
     with quiet(verbose), _threads():
         session = trainer(task)(overrides=given)
-        with (progress or Silent()).bar("train", session.args.epochs) as bar:
+        with (progress or Silent()).bar(stage, session.args.epochs) as bar:
             session.add_callback("on_train_start", partial(_skip, bar))
             session.add_callback("on_train_epoch_end", partial(_tell, bar))
             session.train()
