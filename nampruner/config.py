@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from nampruner.defaults import YOLO
 from nampruner.errors import NamPrunerError, did_you_mean
 
 Attention = Literal["both", "channel", "spatial", "none"]
@@ -298,22 +299,6 @@ class RunCommand(
     """Everything `nampruner run` needs."""
 
 
-_YOLO = {
-    "nam": "channel",
-    "image_size": 640,
-    "batch_size": 16,
-    "workers": 8,
-    "epochs": 100,
-    "lr": 0.01,
-    "momentum": 0.937,
-    "label_smoothing": 0.0,
-    "calibration": 128,
-    "finetune_epochs": 25,
-    "finetune_lr": 0.01,
-}
-"""What a network of Ultralytics takes where nothing is said: its training is another one."""
-
-
 class Recipe(RunCommand):
     """The whole way; `recipe.yaml` is this class written down. It always has a target."""
 
@@ -322,7 +307,7 @@ class Recipe(RunCommand):
     def _of_its_kind(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not str(values.get("model")).startswith("yolo:"):
             return values
-        return {**_YOLO, **values}
+        return {**YOLO, **values}
 
     @model_validator(mode="before")
     @classmethod
