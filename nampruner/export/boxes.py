@@ -22,7 +22,7 @@ _SAME = 0.9
 _RIVALS = 0.5
 """… and with a larger one than this only one of them may stay."""
 _MOST_TIES = 0.25
-"""Of all boxes; networks without training come near it."""
+"""Of the boxes of both sides; a network without training comes to half of it."""
 
 
 class Detector(nn.Module):
@@ -123,7 +123,7 @@ def require_boxes(found: BoxParity, tolerance: float, what: str) -> None:
     least, most = max(_SAME, 1 - 25 * tolerance), max(1e-3, tolerance)
     far = found.worst_score > most or found.worst_tie > most
     # each side may have one box more
-    many = found.ties > max(2, _MOST_TIES * found.boxes)
+    many = found.ties > max(2, _MOST_TIES * 2 * found.boxes)
     if found.worst_iou < least or far or many:
         raise ParityError(
             f"{what} and PyTorch find other boxes: of {found.boxes}, {found.pairs} are the same, "
