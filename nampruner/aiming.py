@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nampruner.budget import Device
 from nampruner.certificate import Forward
 from nampruner.config import PruneOptions
 from nampruner.errors import NamPrunerError
@@ -25,7 +26,6 @@ from nampruner.latency.fresh import measure_fresh
 from nampruner.lineage import lineage, remember
 from nampruner.plan import Latency
 from nampruner.progress import Progress, Silent
-from nampruner.selection import Device
 from nampruner.settle import Cut, settle
 from nampruner.staircase import Bench, Timetable, layers_of, module_steps, staircase
 

@@ -5,14 +5,12 @@ error message. A command takes one class; a class is put together from the group
 option has one name, one default, one range and one help text wherever it appears.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from nampruner.defaults import YOLO
-from nampruner.errors import NamPrunerError, did_you_mean
+from nampruner.options import Options
 
 Attention = Literal["both", "channel", "spatial", "none"]
 PenaltyMethod = Literal["proximal", "subgradient"]
@@ -36,15 +34,6 @@ def _width(value: object) -> object:
 
 
 RoundTo = Annotated[int | Literal["auto"], BeforeValidator(_width)]
-
-
-class Options(BaseModel):
-    """A frozen group of options; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-T = TypeVar("T", bound=Options)
 
 
 class ModelOptions(Options):
@@ -150,7 +139,9 @@ class SelectionOptions(Options):
     """Globs of layers to leave alone."""
 
 
-TARGETS = ("ratio", "macs", "params", "latency")
+TARGETS = ("ratio", "macs", "params", "latency", "memory")
+ALONE = TARGETS[:-1]
+"""Of these at most one can be given; memory is a limit beside it, or a target by itself."""
 
 
 class PruneOptions(LatencyOptions, SelectionOptions):
@@ -164,6 +155,8 @@ class PruneOptions(LatencyOptions, SelectionOptions):
     """Parameters that may remain: 50%, 0.5 or 1.2M."""
     latency: Amount | None = None
     """Time of the exported network that may remain, as measured on this device: 60%, 0.6 or 5ms."""
+    memory: Amount | None = None
+    """Estimated peak of weights and activations at batch 1 that may remain: 60%, 0.6 or 20MB."""
 
     @model_validator(mode="before")
     @classmethod
@@ -175,7 +168,7 @@ class PruneOptions(LatencyOptions, SelectionOptions):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        given = [name for name in TARGETS if getattr(self, name) is not None]
+        given = [name for name in ALONE if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} were given together; give one target")
         return self
@@ -278,6 +271,8 @@ class BenchCommand(LatencyOptions):
     """Images per forward pass."""
     rounds: Positive = 20
     """Turns that every candidate gets."""
+    per_layer: bool = False
+    """Also tell where the time goes, layer by layer; profiled, on the CPU."""
 
 
 class ReportCommand(RuntimeOptions, DataOptions, LatencyOptions, ExportOptions):
@@ -297,90 +292,3 @@ class RunCommand(
     ModelOptions,
 ):
     """Everything `nampruner run` needs."""
-
-
-class Recipe(RunCommand):
-    """The whole way; `recipe.yaml` is this class written down. It always has a target."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_its_kind(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or not str(values.get("model")).startswith("yolo:"):
-            return values
-        return {**YOLO, **values}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _some_target(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or any(values.get(name) is not None for name in TARGETS):
-            return values
-        return {**values, "ratio": 0.3}
-
-
-def parse(cls: type[T], values: dict[str, Any], source: str) -> T:
-    """Build `cls` from plain values, with all mistakes in one message.
-
-    Raises:
-        NamPrunerError: a key is unknown or a value is out of range; `source` says where.
-    """
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        raise NamPrunerError(f"{source}: {explain(error, cls.model_fields)}") from None
-
-
-def explain(error: ValidationError, known: Iterable[str], *, flags: bool = False) -> str:
-    """Say everything that is wrong in one line, by flag (`--round-to`) or by key (`round_to`)."""
-    known = list(known)
-    return "; ".join(_explain(item, known, flags) for item in error.errors())
-
-
-def _explain(item: Any, known: list[str], flags: bool) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"unknown option {key!r}.{did_you_mean(key, known)}"
-    message: str = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    if not key:
-        return message
-    name = flag(key) if flags else key
-    return f"{name} = {item['input']!r}: {message}"
-
-
-def flag(key: str) -> str:
-    """Return the command-line flag of a field."""
-    return "--" + key.replace("_", "-")
-
-
-def merged(base: dict[str, Any], given: Options, source: str) -> Recipe:
-    """Return the recipe `base` with what was `given` explicitly, which goes first.
-
-    A target that is given replaces the one in `base`, of whatever kind.
-
-    Raises:
-        NamPrunerError: see `parse`.
-    """
-    changes = given.model_dump(exclude_unset=True)
-    if any(changes.get(name) is not None for name in TARGETS):
-        # a target in time brings rounding of its own
-        dropped = (*TARGETS, "round_to") if changes.get("latency") is not None else TARGETS
-        base = {key: value for key, value in base.items() if key not in dropped}
-    return parse(Recipe, {**base, **changes}, source)
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read a `recipe.yaml`.
-
-    Raises:
-        NamPrunerError: the file is missing, is not a YAML mapping, or holds a wrong option.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NamPrunerError(f"recipe {path}: {error.strerror}; give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise NamPrunerError(f"recipe {path}: not valid YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise NamPrunerError(f"recipe {path}: holds no `option: value` lines")
-    return parse(Recipe, values, f"recipe {path}")

@@ -119,13 +119,14 @@ def taylor(model: nn.Module, graph: DependencyGraph, batches: Batches | None) ->
 def _gradients(model: nn.Module, batches: Batches) -> dict[Tensor, Tensor]:
     parameters: list[Tensor] = [p for p in model.parameters() if p.dim() > 1]
     total = {p: torch.zeros_like(p) for p in parameters}
+    device = next(model.parameters()).device
     flags = [p.requires_grad for p in parameters]
     for p in parameters:
         p.requires_grad_(True)
     try:
         with evaluating(model):
             for inputs, targets in batches:
-                loss = F.cross_entropy(model(inputs), targets)
+                loss = F.cross_entropy(model(inputs.to(device)), targets.to(device))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for p, grad in zip(parameters, grads, strict=True):
                     total[p] += 0 if grad is None else grad

@@ -19,7 +19,7 @@ class Record(BaseModel):
 
 
 class Request(Record):
-    """What the user asked for: exactly one of the targets is set."""
+    """What the user asked for: one of the targets, memory beside it or alone."""
 
     ratio: float | None = None
     """Fraction of the prunable channels to remove."""
@@ -29,6 +29,9 @@ class Request(Record):
     """Parameters that may remain, likewise."""
     latency: str | None = None
     """Measured time that may remain, as a fraction or absolute (`5ms`)."""
+    memory: str | None = None
+    """Bytes that may remain, as a fraction or absolute (`20MB`): alone, or beside another target
+    as what must hold as well."""
 
 
 class Achieved(Record):
@@ -40,6 +43,8 @@ class Achieved(Record):
     """Fraction of the MACs that remains."""
     params: float
     """Fraction of the parameters that remains."""
+    memory: float | None = None
+    """Fraction of the memory that remains; None in older plans."""
     latency: float | None = None
     """Fraction of the time that remains, measured on the exported network; None where it was not
     aimed at."""
@@ -52,6 +57,9 @@ class Size(Record):
     """Elements of all parameters."""
     macs: int
     """Multiply–accumulates of one forward pass at batch 1."""
+    memory: int | None = None
+    """Bytes: all parameters, and the most that lives beside them in one forward pass at batch 1, an
+    estimate by the order of its ops, see `nampruner.graph.memory`; None in older plans."""
 
 
 class LayerPlan(Record):
@@ -250,79 +258,6 @@ class PruningPlan(Record):
         lines.append(
             f"requested {asked}, achieved ratio {self.achieved.ratio:.3f}, "
             f"MACs {self.achieved.macs:.1%}, params {self.achieved.params:.1%} of before"
+            + ("" if self.achieved.memory is None else f", memory {self.achieved.memory:.1%}")
         )
         return "\n".join(lines)
-
-
-class Quality(Record):
-    """How good a network is on images that it was not trained on."""
-
-    accuracy: float | None = None
-    """Share of the images classified right, in [0, 1]; None where that is not what is asked."""
-    metrics: dict[str, float] = Field(default_factory=dict)
-    """What else is measured, in [0, 1]: mAP50, mAP50-95 …"""
-
-    @property
-    def measures(self) -> dict[str, float]:
-        """Everything measured, by its name."""
-        own = {} if self.accuracy is None else {"accuracy": self.accuracy}
-        return own | self.metrics
-
-
-class Measured(Quality):
-    """One column of the before/after table."""
-
-    params: int
-    macs: int
-    size_bytes: int | None = None
-    """Size of the ONNX file."""
-    latency: Latency | None = None
-
-
-class PruneResult(Record):
-    """What `nampruner prune` reports."""
-
-    requested: Request
-    achieved: Achieved
-    before: Measured
-    after: Measured
-    certificate: Certificate
-    left_alone: tuple[LeftAlone, ...]
-    checkpoint: str | None = None
-    faster: bool | None = None
-    """Whether the slim ONNX file is, beyond the noise; None where it was not timed."""
-
-
-class OnnxResult(Record):
-    """The exported file, its proof and its speed."""
-
-    path: str
-    parity: Parity
-    latency_ms: dict[str, float]
-    """Median per candidate: `dense` and `slim`."""
-    folded: FoldedGates | None = None
-    """Only where gates were made constant."""
-
-
-class RunResult(PruneResult):
-    """What `nampruner run` reports; its accuracy after fine-tuning is `after.accuracy`."""
-
-    accuracy_cut: float | None = None
-    """Right after the cut, before recovery."""
-    metrics_cut: dict[str, float] = Field(default_factory=dict)
-    """What else was measured there."""
-    accuracy_recovered: float | None = None
-    """After recovery, before fine-tuning."""
-    metrics_recovered: dict[str, float] = Field(default_factory=dict)
-    """What else was measured there."""
-    onnx: OnnxResult
-
-    @property
-    def cut(self) -> Quality:
-        """Right after the cut."""
-        return Quality(accuracy=self.accuracy_cut, metrics=self.metrics_cut)
-
-    @property
-    def recovered(self) -> Quality:
-        """After recovery."""
-        return Quality(accuracy=self.accuracy_recovered, metrics=self.metrics_recovered)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from nampruner.aiming import settle_on_device
 from nampruner.baking import baked
 from nampruner.certificate import Forward, cost_of
-from nampruner.config import TARGETS, PruneOptions, parse
+from nampruner.config import TARGETS, PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.graph import trace
 from nampruner.importance import Batches, Custom, score
+from nampruner.options import parse
 from nampruner.plan import PruningPlan
 from nampruner.progress import Progress
 from nampruner.recovery import find, fold_constants, judged
@@ -35,9 +36,9 @@ def plan_pruning(
 ) -> PruningPlan:
     """Decide which channels go; `model` is not changed.
 
-    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`, `latency`; and
-    `allocation`, `round_to`, `floor`, `ignore`. `importance` may be a callable, see
-    `nampruner.importance.score`.
+    `options` are those of `nampruner prune`: one of `ratio`, `macs`, `params`, `latency`;
+    `memory`, alone or beside it as a limit; `allocation`, `round_to`, `floor`, `ignore`.
+    `importance` may be a callable, see `nampruner.importance.score`.
 
     Raises:
         NamPrunerError: an option is wrong.

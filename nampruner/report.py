@@ -19,13 +19,11 @@ from nampruner.plan import (
     FoldedGates,
     Latency,
     LayerRecovery,
-    OnnxResult,
-    PruneResult,
     PruningPlan,
     Request,
-    RunResult,
     Verdict,
 )
+from nampruner.results import OnnxResult, PruneResult, RunResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,6 +122,9 @@ def _size_rows(result: PruneResult) -> list[Row]:
         ("params", count(before.params), count(after.params), _change(before.params, after.params)),
         ("MACs", count(before.macs), count(after.macs), _change(before.macs, after.macs)),
     ]
+    if before.memory is not None and after.memory is not None:
+        change = _change(before.memory, after.memory)
+        rows.append(("memory, estimated", size(before.memory), size(after.memory), change))
     if before.size_bytes is not None and after.size_bytes is not None:
         change = _change(before.size_bytes, after.size_bytes)
         rows.append(("ONNX file", size(before.size_bytes), size(after.size_bytes), change))
@@ -185,10 +186,15 @@ def requested_and_achieved(requested: Request, achieved: Achieved) -> str:
         for name, value in requested.model_dump(exclude_none=True).items()
     ]
     time = "" if achieved.latency is None else f"{100 * achieved.latency:.1f} % of the time, "
+    shares = {
+        "MACs": achieved.macs,
+        "parameters": achieved.params,
+        "estimated memory": achieved.memory,
+    }
+    *parts, last = (f"{100 * x:.1f} % of the {name}" for name, x in shares.items() if x is not None)
     return (
         f"Requested {', '.join(asked) or 'nothing'}; achieved ratio {achieved.ratio:.3f}, {time}"
-        f"{100 * achieved.macs:.1f} % of the MACs "
-        f"and {100 * achieved.params:.1f} % of the parameters remain"
+        f"{', '.join(parts)} and {last} remain"
     )
 
 

@@ -2,19 +2,19 @@
 
 Channels go in steps that keep widths on multiples of `round_to`, cheapest step first, and a step
 that would remove more than was asked is not taken: what is achieved is at most what was requested,
-and within one step of it.
+and within one step of it. Memory is a limit: steps are taken until it holds.
 """
 
 import heapq
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nampruner.budget import Budget, Device, Kept, Steps, budgets
 from nampruner.config import TARGETS, PruneOptions
 from nampruner.errors import GraphError, NamPrunerError, did_you_mean
 from nampruner.graph import DependencyGraph, UnitGroup
@@ -22,26 +22,9 @@ from nampruner.importance import Scores
 from nampruner.plan import Achieved, LayerPlan, LeftAlone, PruningPlan, Request
 
 Bools = NDArray[np.bool_]
-Kept = NDArray[np.float64]
-
-Steps = Mapping[str, int]
-"""Module → width it should be a multiple of, as measured on a device."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a device makes of widths, as measured on it."""
-
-    steps: Steps
-    time: Callable[[DependencyGraph], Callable[[Kept], float]] | None = None
-    """Graph → milliseconds as a function of the units [groups] that stay in each group."""
-    share: float = 1.0
-    """Of that time, how much may remain."""
-
 
 DEFAULT_STEP = 8
 """Where nothing was measured of any layer that a group passes through."""
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +37,6 @@ class Step:
     """Mean score of the units, their mean rank in the layer, or the sum of their scores."""
 
 
-@dataclass(frozen=True, eq=False)
-class Budget:
-    """What is counted, and how little of it may remain."""
-
-    amount: Callable[[Kept], float]
-    """Channels, MACs or parameters, given the units [groups] that stay in each group."""
-    least: float
-
-
 def select(
     graph: DependencyGraph, scores: Scores, options: PruneOptions, device: Device | None = None
 ) -> PruningPlan:
@@ -71,7 +45,8 @@ def select(
     `device` is for `round_to="auto"` and for targets in time; see `nampruner.staircase`.
 
     Raises:
-        NamPrunerError: the target cannot be read, a glob matches nothing, or there is no device.
+        NamPrunerError: the target cannot be read or reached, a glob matches nothing, or there is no
+            device.
         GraphError: nothing in the network can be cut.
     """
     graph = ignore(graph, options.ignore)
@@ -79,15 +54,19 @@ def select(
         reasons = "; ".join(f"{row.layer}: {row.reason}" for row in graph.left_alone()[:5])
         raise GraphError(f"nothing in this network can be cut ({reasons})")
     quanta = [quantum(graph, group, _rounding(options, device)) for group in graph.groups]
-    queues = [
-        _steps(number, group, quanta[number], scores, options)
-        for number, group in enumerate(graph.groups)
-    ]
-    full = np.array([len(group.units) for group in graph.groups], dtype=np.float64)
-    budget = _budget(graph, options, full, device)
-    removed = graph.mask([])
-    for step in _taken(queues, budget, full, by_price=options.allocation == "error"):
-        removed[step.units] = True
+    removed, kept = graph.mask([]), graph.sizes.copy()
+    for budget in budgets(graph, options, device):
+        queues = [
+            (
+                step
+                for step in _steps(number, group, quanta[number], scores, options)
+                if not removed[step.units].any()
+            )
+            for number, group in enumerate(graph.groups)
+        ]
+        for step in _taken(queues, budget, kept, by_price=options.allocation == "error"):
+            removed[step.units] = True
+        budget.check(kept)
     return describe(graph, scores, options, removed, quanta)
 
 
@@ -117,35 +96,39 @@ def _largest(graph: DependencyGraph, group: UnitGroup, steps: Steps) -> int:
 
 
 def _taken(
-    queues: list[Iterator[Step]], budget: Budget, full: Kept, *, by_price: bool
+    queues: Sequence[Iterator[Step]], budget: Budget, kept: Kept, *, by_price: bool
 ) -> Iterator[Step]:
-    """Steps in the order of their cost, or of their cost per amount saved, while they fit."""
-    kept, now = full.copy(), budget.amount(full)
+    """Steps in the order of their cost, or of their cost per amount saved, while they fit.
+
+    `kept` [groups] follows them.
+    """
+    now = budget.amount(kept)
     heap: list[tuple[float, int, Step]] = []
 
-    def saving(step: Step) -> float:
+    def rest(step: Step) -> float:
         kept[step.group] -= len(step.units)
-        rest = budget.amount(kept)
+        found = budget.amount(kept)
         kept[step.group] += len(step.units)
-        return now - rest
+        return found
 
     def push(number: int) -> None:
         step = next(queues[number], None)
         if step is not None:
-            price = step.cost / max(saving(step), 1e-12) if by_price else step.cost
+            price = step.cost / max(now - rest(step), 1e-12) if by_price else step.cost
             heapq.heappush(heap, (price, number, step))
 
     for number in range(len(queues)):
         push(number)
-    while heap:
+    while heap and now > budget.enough:
         _, number, step = heapq.heappop(heap)
-        saved = saving(step)
-        if by_price and heap and step.cost / max(saved, 1e-12) > heap[0][0] * (1 + 1e-9):
+        left = rest(step)
+        price = step.cost / max(now - left, 1e-12)
+        if by_price and heap and price > heap[0][0] * (1 + 1e-9):
             # its neighbours have shrunk since, so it saves less than when it was priced
-            heapq.heappush(heap, (step.cost / max(saved, 1e-12), number, step))
-        elif now - saved >= budget.least:
+            heapq.heappush(heap, (price, number, step))
+        elif left >= budget.least:
             kept[number] -= len(step.units)
-            now -= saved
+            now = left
             yield step
             push(number)
 
@@ -188,53 +171,6 @@ def _steps(
         kept = after
 
 
-def _budget(
-    graph: DependencyGraph, options: PruneOptions, full: Kept, device: Device | None
-) -> Budget:
-    if options.latency is not None:
-        if device is None or device.time is None:
-            raise NamPrunerError(
-                f"latency = {options.latency!r} is a target in time, and no time was measured; "
-                "give a device, or another target"
-            )
-        time = device.time(graph)
-        return Budget(time, device.share * time(full))
-    for name, amount in (("macs", graph.cost.macs), ("params", graph.cost.params)):
-        given = getattr(options, name)
-        if given is not None:
-            return Budget(amount, remaining(name, given, amount(full)))
-    wide = np.array([group.multiplicity for group in graph.groups], dtype=np.float64)
-    total = float(wide @ full)
-    return Budget(lambda kept: float(wide @ kept), (1 - (options.ratio or 0.0)) * total - 1e-9)
-
-
-def remaining(name: str, given: str, whole: float) -> float:
-    """Read `50%`, `0.5` or `2.1G` as what may remain of `whole`.
-
-    Raises:
-        NamPrunerError: not a number, or outside what is possible.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(%|[kmgt]?)\s*", given.lower())
-    try:
-        value = float(match.group(1)) if match else math.nan
-    except ValueError:
-        value = math.nan
-    if match is None or math.isnan(value):
-        raise NamPrunerError(f"{name} = {given!r} is no amount; give 50%, 0.5 or 2.1G")
-    unit = match.group(2)
-    fraction = value / 100 if unit == "%" else value
-    if unit == "%" or (not unit and value <= 1):
-        value = fraction * whole
-    else:
-        value *= _UNITS[unit]
-    if not 0 < value <= whole:
-        raise NamPrunerError(
-            f"{name} = {given!r} asks for {value:.4g} of {whole:.4g}; what remains must lie in "
-            f"(0, {whole:.4g}]"
-        )
-    return value
-
-
 def describe(
     graph: DependencyGraph,
     scores: Scores,
@@ -272,6 +208,7 @@ def describe(
             ratio=gone / total,
             macs=after.macs / max(before.macs, 1),
             params=after.params / max(before.params, 1),
+            memory=(after.memory or 0) / max(before.memory or 0, 1),
         ),
         before=before,
         after=after,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nampruner.budget import Device
 from nampruner.certificate import Forward, certify, culprits
 from nampruner.config import PruneOptions
 from nampruner.errors import CertificateError
@@ -19,7 +20,7 @@ from nampruner.graph.graph import Bools
 from nampruner.importance import Scores
 from nampruner.lineage import lineage
 from nampruner.plan import Certificate, PruningPlan, Repair
-from nampruner.selection import Device, select
+from nampruner.selection import select
 from nampruner.surgery import cut, find_repairs
 
 _NARROW = ("convolution", "split", "split_with_sizes", "slice", "native_group_norm")

@@ -78,5 +78,5 @@ def formula(patch: pytest.MonkeyPatch, cache: Path) -> None:
         return {name: taken(size) for name, size in sizes.items()}
 
     patch.setenv("XDG_CACHE_HOME", str(cache))
-    patch.setattr(Bench, "_onnxruntime", lambda self, each: [treads(one) for one in each])
+    patch.setattr(Bench, "_onnxruntime", lambda self, each, int8: [treads(one) for one in each])
     patch.setattr("nampruner.aiming.measure_fresh", timed)

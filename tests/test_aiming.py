@@ -11,14 +11,16 @@ from zoo import image
 
 from nampruner import aiming
 from nampruner.aiming import Shot, aim, known_device, next_share, read_latency, settle_on_device
-from nampruner.config import PruneCommand, PruneOptions, Recipe, merged
+from nampruner.budget import Device
+from nampruner.config import PruneCommand, PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.graph import DependencyGraph, trace
 from nampruner.latency.fresh import measure_fresh
 from nampruner.lineage import lineage
 from nampruner.plan import Latency
 from nampruner.pruning import plan_pruning
-from nampruner.selection import Device, select
+from nampruner.recipe import Recipe, merged
+from nampruner.selection import select
 from nampruner.settle import Cut, settle
 from nampruner.staircase import Bench, Timetable, layers_of
 
@@ -189,7 +191,7 @@ def test_the_whole_chain_with_a_formula_for_a_clock(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        Bench, "_onnxruntime", lambda self, each: [treads(geometry) for geometry in each]
+        Bench, "_onnxruntime", lambda self, each, int8: [treads(geometry) for geometry in each]
     )
     whole = network_ms(model)
     monkeypatch.setattr(
@@ -209,7 +211,7 @@ def test_steps_of_time_need_no_plain_call(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        Bench, "_onnxruntime", lambda self, each: [treads(geometry) for geometry in each]
+        Bench, "_onnxruntime", lambda self, each, int8: [treads(geometry) for geometry in each]
     )
     given: Any = {"round_to": "auto", "ratio": 0.3, "importance": "magnitude"}
     plain = plan_pruning(model, image(), **given)

@@ -13,10 +13,11 @@ import pytest
 
 import nampruner
 from nampruner.cli import call
-from nampruner.config import PruneCommand, Recipe, RunCommand, merged
+from nampruner.config import PruneCommand, RunCommand
 from nampruner.console import bars
 from nampruner.export import read_metadata
 from nampruner.progress import Progress
+from nampruner.recipe import Recipe, merged
 
 TINY = ("--model", "resnet20?width=4", "--data", "digits", "--epochs", "1", "--round-to", "2")
 COMMANDS = (
@@ -268,6 +269,32 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
     assert (everything(here), everything(trained.parent)) == before
 
 
+def test_memory_is_a_limit_alone_or_beside_another_target(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["prune", str(trained), "--round-to", "2", "--dry-run", "--json", "--memory"]
+    found = {}
+    for more in ([], ["--ratio", "0.1"]):
+        assert call([*line, "70%", *more]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["after"]["memory"] <= 0.7 * result["before"]["memory"]
+        assert result["requested"]["memory"] == "70%"
+        found[len(more)] = result
+    assert found[0]["before"]["memory"] > 4 * found[0]["before"]["params"]
+    assert call([*line, "1kB"]) == 2
+    assert "memory = '1kB' asks for 1000 bytes" in capsys.readouterr().err
+    target = trained.with_name(f"{trained.name}-ratio0.1-memory70pct")
+    try:
+        assert (
+            call(["prune", str(trained), "--round-to", "2", "--ratio", "0.1", "--memory", "70%"])
+            == 0
+        )
+        assert target.is_dir()
+        assert "memory, estimated" in capsys.readouterr().out
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+
+
 def test_prune_and_what_looks_at_it(
     trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +338,15 @@ def test_export_evaluate_and_bench(
     candidates = json.loads(capsys.readouterr().out)["candidates"]
     assert [each["path"] for each in candidates] == ["a.onnx", "b.onnx"]
     assert candidates[0]["times"] == 1.0
+
+    line = ["bench", "a.onnx", "b.onnx", "--rounds", "1", "--out", "figures/layers.png"]
+    assert call(line) == 2
+    assert "--per-layer" in capsys.readouterr().err
+    assert call([*line, "--per-layer"]) == 0
+    shown = capsys.readouterr().out
+    assert "conv1" in shown
+    assert "other layers" in shown
+    assert Path("figures/layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_gates_that_hardly_move_are_folded_and_told(
@@ -425,7 +461,7 @@ def test_rank_says_where_a_step_of_width_saves_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
     # as wide as in blocks of eight channels
     monkeypatch.setattr(
-        bench.Bench, "_onnxruntime", lambda _, each: [float(-(-g.outputs // 8)) for g in each]
+        bench.Bench, "_onnxruntime", lambda _, each, int8: [float(-(-g.outputs // 8)) for g in each]
     )
     line = ["rank", str(trained), "--latency", "--out", "scores.png"]
     assert call([*line, "--json"]) == 0
@@ -438,7 +474,7 @@ def test_rank_says_where_a_step_of_width_saves_time(
     shown = capsys.readouterr().out
     assert "a step saves" in shown
     assert "importance paid" in shown
-    assert "Steps of this device: dense 8" in shown
+    assert "Steps of this device: dense 8 (float 8, INT8 8)" in shown
 
 
 def test_auto_rounding_is_measured_and_kept(
@@ -451,7 +487,7 @@ def test_auto_rounding_is_measured_and_kept(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
     monkeypatch.setattr(
-        bench.Bench, "_onnxruntime", lambda _, each: [float(-(-g.outputs // 2)) for g in each]
+        bench.Bench, "_onnxruntime", lambda _, each, int8: [float(-(-g.outputs // 2)) for g in each]
     )
     line = ["prune", str(trained), "--ratio", "0.3", "--round-to", "auto", "--dry-run"]
     assert call([*line, "--json"]) == 0

@@ -250,13 +250,16 @@ def test_staircase_has_a_panel_per_kind_and_names_its_steps() -> None:
     stairs = (
         Stairs(geometry=dense, layers=2, widths=(32, 24, 16), ms=(4.0, 3.0, 2.0)),
         Stairs(geometry=pointwise, layers=1, widths=(16, 12, 8), ms=(2.0, 2.0, 2.0)),
+        Stairs(geometry=pointwise, layers=1, widths=(16, 12, 8), ms=(3.0, 2.0, 1.0), int8=True),
     )
     figure = staircase(Staircase(threads=1, stairs=stairs))
 
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "dense: step 8",
-        "pointwise: step 8",
+        "pointwise: step 8 (float 8, INT8 4)",
     ]
+    styles = [line.get_linestyle() for line in figure.axes[1].lines if len(line.get_xdata()) == 3]
+    assert styles == ["-", "--"]
     (line,) = [each for each in figure.axes[0].lines if len(each.get_xdata()) == 3]
     assert list(line.get_ydata()) == [1.0, 0.75, 0.5]
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "8", "16"]

@@ -313,3 +313,31 @@ def test_an_unknown_op_freezes() -> None:
     assert "free.0" in free_layers(graph)
     reasons = {row.layer: row.reason for row in graph.left_alone()}
     assert reasons["stem.0"].startswith("no rule for this op: _fft")
+
+
+def test_memory_layout_changes_nothing() -> None:
+    """Pooling to 1x1 sets strides anew where the input is in channels_last."""
+    model, images = torchvision.models.resnet18(num_classes=4), torch.randn(2, 3, 64, 64)
+    last = images.to(memory_format=torch.channels_last)
+    one, other = trace(model, images), trace(model, last)
+    assert [(g.name, g.width) for g in one.groups] == [(g.name, g.width) for g in other.groups]
+    assert one.left_alone() == other.left_alone()
+
+
+class Transposed(Net):
+    """Strides that do move elements."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.as_strided((n, c, w, h), (c * h * w, h * w, 1, w))
+
+
+def test_strides_that_move_elements_freeze() -> None:
+    reasons = {row.layer: row.reason for row in trace(Transposed(), image()).left_alone()}
+    assert "as_strided" in reasons["stem.0"]
+
+
+def test_inputs_on_another_device_are_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with pytest.raises(GraphError, match=r"inputs on meta, network on cpu; bring them together"):
+        trace(model, torch.empty(2, 3, 8, 8, device="meta"))

@@ -14,12 +14,14 @@ import torch
 import nampruner
 from nampruner import checkpoint
 from nampruner.cli import call
-from nampruner.config import PruneCommand, Recipe, read_recipe
+from nampruner.config import PruneCommand
 from nampruner.errors import CheckpointError, NamPrunerError
 from nampruner.pipeline import classifiers, folders, run, stages, whole
 from nampruner.pipeline.commands import prune_command
-from nampruner.plan import PruningPlan, RunResult
+from nampruner.plan import PruningPlan
 from nampruner.progress import Silent
+from nampruner.recipe import Recipe, read_recipe
+from nampruner.results import RunResult
 
 RECIPE = Recipe(
     model="resnet20?width=4",

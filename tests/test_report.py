@@ -14,14 +14,10 @@ from nampruner.plan import (
     LayerPlan,
     LayerRecovery,
     LeftAlone,
-    Measured,
-    OnnxResult,
     Parity,
-    PruneResult,
     PruningPlan,
     Repair,
     Request,
-    RunResult,
     Size,
 )
 from nampruner.report import (
@@ -33,6 +29,7 @@ from nampruner.report import (
     requested_and_achieved,
     size,
 )
+from nampruner.results import Measured, OnnxResult, PruneResult, RunResult
 
 GOLDEN = Path(__file__).parent / "golden" / "before_after_rows.txt"
 
@@ -213,6 +210,24 @@ def test_latency_is_written_as_precisely_as_it_is_known(
 def test_requested_and_achieved_are_both_said(request_: Request, asked: str) -> None:
     assert requested_and_achieved(request_, PLAN.achieved) == (
         f"{asked}achieved ratio 0.298, 49.0 % of the MACs and 62.8 % of the parameters remain"
+    )
+
+
+def test_memory_is_told_where_a_plan_knows_it() -> None:
+    sizes = ({"memory": 2_000_000}, {"memory": 900_000})
+    result = RESULT.model_copy(
+        update={
+            "before": RESULT.before.model_copy(update=sizes[0]),
+            "after": RESULT.after.model_copy(update=sizes[1]),
+        }
+    )
+    row = ("memory, estimated", "2.00 MB", "900 kB", "−55.0 %")
+    assert row in before_after_rows(result)
+    assert row[0] not in {label for label, *_ in before_after_rows(RESULT)}
+    asked, achieved = Request(ratio=0.3, memory="1MB"), PLAN.achieved
+    assert requested_and_achieved(asked, achieved.model_copy(update={"memory": 0.45})) == (
+        "Requested ratio 0.3, memory 1MB; achieved ratio 0.298, 49.0 % of the MACs, "
+        "62.8 % of the parameters and 45.0 % of the estimated memory remain"
     )
 
 

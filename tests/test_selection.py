@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 from zoo import ZOO, Net, image
 
+from nampruner.budget import remaining
 from nampruner.config import PruneOptions
 from nampruner.errors import GraphError, NamPrunerError
 from nampruner.graph import DependencyGraph, UnitGroup, trace
 from nampruner.plan import PruningPlan
-from nampruner.selection import remaining, select
+from nampruner.selection import select
 from nampruner.surgery import cut
 
 NETS = ("chain", "dense_concat", "wide_groups", "depthwise_multiplier", "narrow_groups", "se_gate")
@@ -219,7 +220,8 @@ def test_ratio_zero_and_no_target_do_nothing() -> None:
     for options in (PruneOptions(ratio=0.0), PruneOptions(ratio=0.0, round_to=1)):
         plan = select(graph_of("chain"), scores_of(graph_of("chain")), options)
         assert plan.removed == plan.masked == {}
-        assert plan.achieved.model_dump(exclude_none=True) == {"ratio": 0, "macs": 1, "params": 1}
+        whole = {"ratio": 0, "macs": 1, "params": 1, "memory": 1}
+        assert plan.achieved.model_dump(exclude_none=True) == whole
 
 
 def test_layers_that_cannot_make_a_step_say_so() -> None:

@@ -95,6 +95,7 @@ def weight_of(graph: DependencyGraph) -> dict[str, int]:
         "widths": sum(len(c) for w in graph.widths for c in w.counted),
         "groups": sum(len(g.units) + len(g.slots) for g in graph.groups),
         "cost": sum(w.counts.nnz for w in (cost.outputs, cost.inputs, cost.dims)),
+        "memory": graph.memory.dims.counts.nnz + graph.memory.live.nnz,
     }
 
 

@@ -1,5 +1,6 @@
 """The staircase: tables are injected, so that steps, savings and the cache are arithmetic."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from torch import nn
 from zoo import image
 
+from nampruner.budget import Device
 from nampruner.config import PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.export.single import write_convolution
 from nampruner.graph import DependencyGraph, trace
-from nampruner.selection import Device, quantum, select
+from nampruner.latency import profile
+from nampruner.selection import quantum, select
 from nampruner.staircase import Bench, Geometry, layers_of, module_steps, savings, staircase
 from nampruner.staircase.device import cache_folder, fingerprint
 
@@ -58,13 +61,18 @@ def treads(each: Geometry) -> float:
 class Clock:
     """Answers from a formula, and remembers what was asked."""
 
-    def __init__(self, formula: Callable[[Geometry], float] = treads) -> None:
+    def __init__(
+        self,
+        formula: Callable[[Geometry], float] = treads,
+        eight: Callable[[Geometry], float] | None = None,
+    ) -> None:
         self.formula = formula
+        self.eight = eight or formula
         self.asked: list[tuple[Geometry, ...]] = []
 
-    def __call__(self, geometries: Sequence[Geometry]) -> list[float]:
+    def __call__(self, geometries: Sequence[Geometry], int8: bool) -> list[float]:
         self.asked.append(tuple(geometries))
-        return [self.formula(each) for each in geometries]
+        return [(self.eight if int8 else self.formula)(each) for each in geometries]
 
 
 @pytest.fixture
@@ -96,7 +104,7 @@ def test_steps_are_those_of_the_time(
     noise: float, layers: dict[str, Geometry], tmp_path: Path
 ) -> None:
     dice = np.random.default_rng(0)
-    clock = Clock(lambda each: treads(each) * (1 + noise * dice.uniform(-1, 1)))
+    clock = Clock(lambda each: treads(each) * (1 + noise * dice.uniform(-1, 1)), treads)
     found = staircase(layers.values(), Bench(clock=clock, folder=tmp_path))
 
     assert found.steps == {"dense": 16, "pointwise": 8, "depthwise": 4}
@@ -154,7 +162,7 @@ def test_only_the_largest_shapes_of_a_kind_are_measured(tmp_path: Path) -> None:
     clock = Clock()
     found = staircase(many, Bench(clock=clock, folder=tmp_path))
     # size² · (9 - size) is largest at 6, 7 and 5, then 8
-    assert [(s.geometry.size[0], s.layers) for s in found.stairs] == [
+    assert [(s.geometry.size[0], s.layers) for s in found.stairs if not s.int8] == [
         (6, 3),
         (5, 4),
         (7, 2),
@@ -242,22 +250,71 @@ def test_one_narrower_channel_can_cost_time(
 # --- what is measured --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
     ("weight", "groups", "stride"),
     [((8, 4, 3, 3), 1, 2), ((8, 4, 1, 1), 1, 1), ((6, 1, 5, 5), 6, 1), ((8, 2, 3, 3), 4, 1)],
 )
 def test_the_file_holds_that_convolution(
-    weight: tuple[int, int, int, int], groups: int, stride: int, tmp_path: Path
+    weight: tuple[int, int, int, int], groups: int, stride: int, int8: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "one.onnx"
-    write_convolution(
-        path, weight, (10, 12), strides=(stride, stride), dilations=(1, 1), groups=groups
-    )
+    how = {"strides": (stride, stride), "dilations": (1, 1), "groups": groups}
+    write_convolution(path, weight, (10, 12), **how, int8=int8)
     model = onnx.load(str(path))
     onnx.checker.check_model(model, full_check=True)
     shapes = {value.name: tuple(value.dims) for value in model.graph.initializer}
     assert shapes["weight"] == weight
     assert shapes["first"] == (weight[1] * groups, 1, 1, 1)
+    kinds = {v.name: v.data_type for v in model.graph.initializer}
+    assert kinds["weight"] == (onnx.TensorProto.INT8 if int8 else onnx.TensorProto.FLOAT)
+
+
+def test_eight_bits_run_in_kernels_of_eight_bits(tmp_path: Path) -> None:
+    path, x = tmp_path / "one.onnx", np.ones((1, 1, 6, 6), np.float32)
+    how = {"strides": (1, 1), "dilations": (1, 1), "groups": 1, "int8": True}
+    write_convolution(path, (16, 16, 3, 3), (6, 6), **how)
+    (run, *_) = profile({"one": path}, x, seconds=0.01)["one"]
+    ops = [op for _, op in run]
+    assert ops.count("QLinearConv") == 2
+    assert not {"Conv", "Relu", "GlobalAveragePool"} & set(ops)
+
+
+def in_sixteens(each: Geometry) -> float:
+    return blocked(each.inputs, 16) * blocked(each.outputs, 16) + 3.0
+
+
+def test_a_step_is_one_in_float_and_in_int8(layers: dict[str, Geometry], tmp_path: Path) -> None:
+    bench = Bench(clock=Clock(treads, in_sixteens), folder=tmp_path)
+    found = staircase(layers.values(), bench)
+
+    assert found.steps_in(int8=False) == {"dense": 16, "pointwise": 8, "depthwise": 4}
+    assert found.steps_in(int8=True) == dict.fromkeys(("dense", "pointwise", "depthwise"), 16)
+    assert found.steps == dict.fromkeys(("dense", "pointwise", "depthwise"), 16)
+    fine = Bench(clock=Clock(treads, lambda each: each.macs), folder=tmp_path / "fine")
+    assert staircase(layers.values(), fine).steps == found.steps_in(int8=False)
+
+
+def test_float_and_int8_are_kept_apart_in_one_file(
+    layers: dict[str, Geometry], tmp_path: Path
+) -> None:
+    clock = Clock(treads, in_sixteens)
+    first = staircase(layers.values(), Bench(clock=clock, folder=tmp_path))
+    once = len(clock.asked)
+    assert staircase(layers.values(), Bench(clock=clock, folder=tmp_path)) == first
+    assert len(clock.asked) == once
+    assert len(list(tmp_path.iterdir())) == 1
+    # what was kept before there was INT8 is still known
+    (kept,) = tmp_path.iterdir()
+    old = json.loads(kept.read_text())
+    old["measured"] = [
+        {key: value for key, value in turns.items() if key != "int8"}
+        for turns in old["measured"]
+        if not turns["int8"]
+    ]
+    kept.write_text(json.dumps(old))
+    assert staircase(layers.values(), Bench(clock=clock, folder=tmp_path)) == first
+    assert len(clock.asked) == once + once // 2
 
 
 def test_onnxruntime_is_the_clock(

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from nampruner.config import Recipe
 from nampruner.data import Data, load_data
 from nampruner.errors import NamPrunerError
 from nampruner.penalty import SparsityPenalty
+from nampruner.recipe import Recipe
 from nampruner.training import FitSettings, check_match, evaluate, fit, resolve_device
 
 

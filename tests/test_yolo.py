@@ -108,7 +108,7 @@ def test_widths_follow_the_time_of_what_is_exported(
     names = layers_of(model, picture(), run)
     assert "model.0.conv" in names
     assert not [name for name in names if name.startswith(unused)]
-    assert len(names) == 84
+    assert len(names) == 83
     given = {"forward": yolo.forward, "importance": "magnitude", "ignore": ["model.10*"]}
     steps = module_steps(names, staircase(names.values(), Bench()))
     plan = nampruner.plan_pruning(model, picture(), macs="50%", round_to="auto", **given)
@@ -222,6 +222,17 @@ def test_our_export_has_a_free_batch_size_and_the_slim_widths(tmp_path: Path) ->
     kept = sum(int(np.prod(tensor.dims)) for tensor in proto.graph.initializer)
     assert kept < 1.02 * sum(p.numel() for p in slim.parameters())
     assert kept < 0.7 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n-seg.yaml", "yolov8n-pose.yaml"])
+def test_the_exported_head_computes_what_the_stock_one_does(name: str) -> None:
+    model = make(name).double()
+    with torch.no_grad():
+        theirs, ours = model(picture(2).double())[0], yolo.Exportable(model)(picture(2).double())
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    ours = ours[0] if isinstance(ours, tuple) else ours
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-9)
+    assert type(model.model[-1].dfl).__name__ == "DFL"  # type: ignore[union-attr, index]
 
 
 def test_training_keeps_nam_and_widths_and_pulls_factors(data: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from boxes import SIZE, boxes, formula, tiny
 import nampruner
 from nampruner import yolo
 from nampruner.cli import call
-from nampruner.config import Recipe, read_recipe
 from nampruner.pipeline import job, stages
 from nampruner.pipeline.task import open_task
+from nampruner.recipe import Recipe, read_recipe
 from nampruner.yolo.files import packed
 
 SHORT = (

@@ -12,9 +12,10 @@ from cyclopts import CycloptsError
 from pydantic import ValidationError
 
 from nampruner.cli.app import app
-from nampruner.config import Recipe, explain
 from nampruner.console import complain, tell
 from nampruner.errors import NamPrunerError
+from nampruner.options import explain
+from nampruner.recipe import Recipe
 
 __all__ = ["call", "main"]
 

@@ -2,7 +2,6 @@
 
 Options come from `nampruner.config`: a flag is the field of a class there.
 """
-
 # ruff: noqa: B008  (the defaults are frozen)
 
 from importlib.metadata import version
@@ -33,7 +32,7 @@ from nampruner.config import (
     RunCommand,
     TrainCommand,
 )
-from nampruner.plan import PruneResult
+from nampruner.results import PruneResult
 
 
 def _status(result: PruneResult, *, allow_slower: bool) -> int:
@@ -79,8 +78,8 @@ def run(
 
     The folder is named after the options, so the same command goes on with its own unfinished run.
     """
-    from nampruner.config import read_recipe
     from nampruner.pipeline.commands import run_command
+    from nampruner.recipe import read_recipe
 
     base = read_recipe(recipe).model_dump(exclude_none=True) if recipe else {}
     progress = console.progress()
@@ -259,20 +258,22 @@ def export(
 @app.command(
     sort_key=next(ORDER),
     help_epilogue=examples(
-        "nampruner bench runs/x/dense runs/x/slim",
+        "nampruner bench runs/x/dense runs/x/slim --per-layer --out layers.png",
         "nampruner bench before.onnx after.onnx --threads 4 --batch 8",
     ),
 )
 def bench(
     *paths: Annotated[Path, Parameter(help="Checkpoints or ONNX files; the first is the measure.")],
     flags: Annotated[BenchCommand, FLAT] = BenchCommand(),
+    out: Annotated[Path | None, Parameter(help="The figure of --per-layer, a PNG.")] = None,
     json: Json = False,
     trust_source: Trust = False,
 ) -> None:
     """Time networks in turns, all as ONNX in ONNX Runtime, and say which is faster."""
     from nampruner.pipeline.look import bench as measured
 
-    found = measured(paths, flags, trust=trust_source, progress=console.progress())
+    progress = console.progress()
+    found = measured(paths, flags, figure=out, trust=trust_source, progress=progress)
     console.show(found, *console.benchmark(found), as_json=json)
 
 

@@ -9,10 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from nampruner.int8 import Int8Gain
-from nampruner.plan import PruneResult, PruningPlan
+from nampruner.plan import PruningPlan
+from nampruner.results import PruneResult
 
 if TYPE_CHECKING:
     from nampruner.pipeline.exporting import Exported
+    from nampruner.pipeline.layers import PerLayer
     from nampruner.pipeline.look import Benchmark, Evaluated, Ranking
     from nampruner.pipeline.stages import Made
 
@@ -140,7 +142,30 @@ def benchmark(value: "Benchmark") -> list[RenderableType]:
     ]
     caption = f"median ± spread of {first.runs} runs, batch {first.batch}, {threads}, "
     caption += first.runtime
-    return [table("", "ONNX file", "latency", "of the first", "", rows=rows), Text(caption)]
+    grid = table("", "ONNX file", "latency", "of the first", "", rows=rows)
+    return [grid, Text(caption), *(_per_layer(value.per_layer) if value.per_layer else ())]
+
+
+def _per_layer(value: "PerLayer") -> list[RenderableType]:
+    """Return the slowest layers, side by side."""
+    from nampruner.figures import slowest
+
+    times = {row.layer: row.ms for row in value.layers}
+    rest = {f"unmatched: {row.layer}": row.ms for row in value.unmatched}
+    rows = [
+        (layer, *(cell for pair in zip(ms, value.total_ms, strict=True) for cell in _part(*pair)))
+        for layer, ms in {**slowest(times), **rest, "all": value.total_ms}.items()
+    ]
+    columns = [cell for name in value.candidates for cell in (f"{name}, ms", "share")]
+    caption = (
+        f"Medians of {min(value.runs)} profiled runs. The profiler takes time too, so compare "
+    )
+    caption += "layers, not sums; unmatched is what ONNX Runtime put in."
+    return ["", table("layer", *columns, rows=rows), Text(caption)]
+
+
+def _part(ms: float | None, total: float) -> tuple[str, str]:
+    return ("–", "–") if ms is None else (f"{ms:.3f}", f"{100 * ms / max(total, 1e-12):.1f} %")
 
 
 def ranking(value: "Ranking") -> list[RenderableType]:
@@ -174,8 +199,13 @@ def _times(value: "Ranking") -> list[RenderableType]:
         )
         for r in sorted(value.times, key=lambda row: -row.saved)
     ]
-    steps = ", ".join(f"{kind} {step}" for kind, step in value.staircase.steps.items())
-    threads = _threads(value.staircase.threads)
+    curves = value.staircase
+    ours, theirs = curves.steps_in(int8=False), curves.steps_in(int8=True)
+    steps = ", ".join(
+        f"{kind} {step} (float {ours[kind]}, INT8 {theirs.get(kind, '–')})"
+        for kind, step in curves.steps.items()
+    )
+    threads = _threads(curves.threads)
     caption = f"Of the time of all convolutions, ONNX Runtime, batch 1, {threads}. "
     caption += f"Steps of this device: {steps or 'none, the layers are too narrow'}."
     paid = "error paid" if value.importance == "reconstruction" else "importance paid"

@@ -46,15 +46,15 @@ def export_fp16(
     example = as_tuple(example_inputs)
     real = example if inputs is None else as_tuple(inputs)
     steps = 3 + len(batches_of(real))
-    with (progress or Silent()).bar("export", steps) as bar, settled(model):
-        proto = graph_of(model, example, bar)
+    with (progress or Silent()).bar("export", steps) as bar, settled(model) as here:
+        proto = graph_of(here, example, bar)
         _require_range(proto, real)
         with quiet():
             half = convert_float_to_float16(proto, keep_io_types=True)
         bar.advance()
         with published(Path(path), ".onnx") as draft:
             save(half, draft, metadata)
-            parity = compare(model, runner_of(draft), real, bar)
+            parity = compare(here, runner_of(draft), real, bar)
             require(parity, tolerance, "the half-precision file")
     return parity
 

@@ -30,7 +30,6 @@ from nampruner.export.onnx import graph_of, runner_of, save
 from nampruner.export.parity import Inputs, arrays_of, as_tuple, batches_of, gaps_of, settled
 from nampruner.export.ranges import ranges_of
 from nampruner.int8 import Int8, KeptFloat
-from nampruner.latency import device_of
 from nampruner.plan import Parity
 from nampruner.progress import Progress, Silent
 
@@ -97,9 +96,9 @@ def export_judged(
     batches = [tuple(x.cpu() for x in as_tuple(batch)) for batch in calibration]
     if not batches:
         raise NamPrunerError("INT8 needs calibration inputs; give batches of inputs")
-    with settled(model), tempfile.TemporaryDirectory(prefix="nampruner-") as folder:
+    with settled(model) as here, tempfile.TemporaryDirectory(prefix="nampruner-") as folder:
         with told.bar("export", 2) as bar:
-            proto = graph_of(model, batches[0], bar)
+            proto = graph_of(here, batches[0], bar)
         trials = _Trials(judge, Path(folder), metadata)
         trials.start(proto, batches)
         quantizer = _calibrated(proto, batches, Path(folder), judge.stays)
@@ -108,7 +107,7 @@ def export_judged(
             save(quantizer.without([each.node for each in kept]), draft, metadata)
             proof = batches if inputs is None else map(as_tuple, inputs)
             found = Int8(
-                parity=_proven(model, draft, proof, told),
+                parity=_proven(here, draft, proof, told),
                 quantized=len(quantizer.nodes) - len(kept),
                 kept_float=kept,
                 calibration=sum(len(batch[0]) for batch in batches),
@@ -233,12 +232,12 @@ def _choose(quantizer: _Quantizer, trials: _Trials, progress: Progress) -> tuple
 
 def _proven(model: nn.Module, path: Path, batches: Iterable[Batch], progress: Progress) -> Parity:
     """Compare a file with the model; the first input goes alone, to prove batch 1 too."""
-    run, gaps, device, seen = runner_of(path), gaps_of(model), device_of(model), 0
+    run, gaps, seen = runner_of(path), gaps_of(model), 0
     with progress.bar("agreement", 1) as bar:
         for batch in batches:
             for part in batches_of(batch):
-                expected = arrays_of(model(*(x.to(device) for x in part)))
-                gaps.add(expected, run(tuple(x.cpu() for x in part)))
+                ours = tuple(x.cpu() for x in part)
+                gaps.add(arrays_of(model(*ours)), run(ours))
             seen += len(batch[0])
         bar.advance()
     # boxes of INT8 are others; how good they are is the judge's question

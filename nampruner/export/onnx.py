@@ -31,7 +31,7 @@ from nampruner.export.parity import (
     settled,
     tensors_of,
 )
-from nampruner.latency import Array, device_of, feeds, open_session
+from nampruner.latency import Array, feeds, open_session
 from nampruner.nam import fold_nam, nam_modules
 from nampruner.plan import Parity
 from nampruner.progress import Bar, Progress, Silent
@@ -71,17 +71,17 @@ def export_onnx(
     example = as_tuple(example_inputs)
     real = example if inputs is None else as_tuple(inputs)
     steps = 2 + len(batches_of(real))
-    with (progress or Silent()).bar("export", steps) as bar, settled(model):
-        proto = graph_of(model, example, bar)
+    with (progress or Silent()).bar("export", steps) as bar, settled(model) as here:
+        proto = graph_of(here, example, bar)
         with published(Path(path), ".onnx") as draft:
             save(proto, draft, metadata)
-            parity = compare(model, runner_of(draft), real, bar)
+            parity = compare(here, runner_of(draft), real, bar)
             require(parity, tolerance, "ONNX Runtime")
     return parity
 
 
 def graph_of(model: nn.Module, example: tuple[Tensor, ...], bar: Bar) -> onnx.ModelProto:
-    """Return a model in eval mode as a graph, NAM folded, simplified and checked.
+    """Return a model that is `settled` as a graph, NAM folded, simplified and checked.
 
     Raises:
         NamPrunerError: the network cannot be exported, or is larger than one file holds.
@@ -128,7 +128,7 @@ def run_onnx(
 
 
 def _traced(model: nn.Module, example: tuple[Tensor, ...]) -> onnx.ModelProto:
-    pair = pair_of(example, device_of(model))
+    pair = pair_of(example)
     batch = torch.export.Dim("batch")
     outputs = len(tensors_of(model(*pair)))
     try:

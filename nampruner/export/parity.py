@@ -14,6 +14,7 @@ from nampruner.export.boxes import BoxGaps, Detector, require_boxes
 from nampruner.latency import Array, device_of, evaluating
 from nampruner.plan import Parity
 from nampruner.progress import Bar
+from nampruner.twins import twin
 
 Inputs = Tensor | tuple[Tensor, ...]
 Runner = Callable[[tuple[Tensor, ...]], list[Array]]
@@ -28,18 +29,20 @@ def as_tuple(inputs: Inputs) -> tuple[Tensor, ...]:
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 
-def pair_of(example: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Return a batch of two: at batch 1 a tracer cannot tell the batch from any other 1."""
-    return tuple(torch.cat([x[:1], x[:1]]).to(device) for x in example)
+def pair_of(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return a batch of two, on the CPU: at batch 1 a tracer takes the batch for any other 1."""
+    return tuple(torch.cat([x[:1], x[:1]]).cpu() for x in example)
 
 
 @contextmanager
-def settled(model: nn.Module) -> Iterator[None]:
-    """Eval mode and full float32 precision; both put back afterwards."""
-    # TF32 alone would put PyTorch further from the file than the tolerance.
-    precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with evaluating(model), precise:
-        yield
+def settled(model: nn.Module) -> Iterator[nn.Module]:
+    """Lend `model` in eval mode and on the CPU, where files are proven; elsewhere it is a copy.
+
+    A GPU's float32 may be TF32, which alone is further from the file than the tolerance.
+    """
+    here = model if device_of(model).type == "cpu" else twin(model, lambda _, t: t.cpu()).cpu()
+    with evaluating(here):
+        yield here
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -67,11 +70,11 @@ def batches_of(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 
 def compare(model: nn.Module, other: Runner, inputs: tuple[Tensor, ...], bar: Bar) -> Parity:
-    """Compare `model` with `other` on `inputs` [M, …], batch by batch."""
-    device, gaps = device_of(model), gaps_of(model)
+    """Compare `model`, which is `settled`, with `other` on `inputs` [M, …], batch by batch."""
+    gaps = gaps_of(model)
     for batch in batches_of(inputs):
-        expected = arrays_of(model(*(x.to(device) for x in batch)))
-        gaps.add(expected, other(tuple(x.cpu() for x in batch)))
+        here = tuple(x.cpu() for x in batch)
+        gaps.add(arrays_of(model(*here)), other(here))
         bar.advance()
     return gaps.parity(len(inputs[0]))
 

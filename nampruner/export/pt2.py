@@ -1,7 +1,6 @@
 """A torch.export program: PyTorch alone runs it, from Python or from C++."""
 
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -20,11 +19,8 @@ from nampruner.export.parity import (
     require,
     settled,
 )
-from nampruner.latency import device_of
 from nampruner.plan import Parity
 from nampruner.progress import Progress, Silent
-
-_CPU = torch.device("cpu")
 
 
 def export_pt2(
@@ -58,8 +54,8 @@ def export_pt2(
     example = as_tuple(example_inputs)
     real = example if inputs is None else as_tuple(inputs)
     steps = 2 + len(batches_of(real))
-    with (progress or Silent()).bar("export", steps) as bar, settled(model):
-        program = _program(model, example)
+    with (progress or Silent()).bar("export", steps) as bar, settled(model) as here:
+        program = _program(here, example)
         bar.advance()
         with published(Path(path), ".pt2") as draft:
             # an open file, as the name of a path would stand in the archive
@@ -68,18 +64,17 @@ def export_pt2(
             del program
             again = _read_again(draft)
             bar.advance()
-            parity = compare(model, again, real, bar)
+            parity = compare(here, again, real, bar)
             require(parity, tolerance, "the program")
     return parity
 
 
 def _program(model: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
-    """Trace on the CPU, at batch 2, and forget where our code lies and what it was traced on."""
-    here = model if device_of(model) == _CPU else deepcopy(model).cpu()
+    """Trace at batch 2, and forget where our code lies and what it was traced on."""
     shapes = tuple({0: Dim("batch")} for _ in example)
     try:
         with quiet():
-            program = torch.export.export(here, pair_of(example, _CPU), dynamic_shapes=shapes)
+            program = torch.export.export(model, pair_of(example), dynamic_shapes=shapes)
     except Exception as error:  # torch.export's errors have no common base
         raise not_exported(model, str(error)) from error
     for graph in program.graph_module.modules():

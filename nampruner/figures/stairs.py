@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from nampruner.staircase import Staircase, Stairs
+    from nampruner.staircase import Kind, Staircase, Stairs
 
 _COLORS = (BEFORE, AFTER, MUTED, INK)
 
@@ -16,7 +16,7 @@ _COLORS = (BEFORE, AFTER, MUTED, INK)
 def staircase(measured: "Staircase") -> "Figure":
     """Draw the time of every measured convolution as channels leave it, one panel per kind.
 
-    A step is marked: below it, fewer channels are not less time.
+    INT8 is dashed. A step is marked: below it, fewer channels are not less time.
     """
     steps = measured.steps
     with styled():
@@ -26,12 +26,13 @@ def staircase(measured: "Staircase") -> "Figure":
             ours = [each for each in measured.stairs if each.geometry.kind == kind]
             removed = sorted({each.widths[0] - width for each in ours for width in each.widths})
             places = {number: place for place, number in enumerate(removed)}
-            for color, each in zip(_COLORS, ours, strict=False):
-                _draw(axes, each, places, color)
+            shapes = list(dict.fromkeys(each.geometry for each in ours))
+            for each in ours:
+                _draw(axes, each, places, _COLORS[shapes.index(each.geometry) % len(_COLORS)])
             if step in places:
                 axes.axvline(places[step], color=PALE, linewidth=8, zorder=0)
             axes.set_xticks(range(len(removed)), [str(number) for number in removed])
-            axes.set_title(f"{kind}: step {step}")
+            axes.set_title(_titled(measured, kind, step))
             axes.set_xlabel("channels removed")
             axes.grid(axis="y")
             axes.legend(fontsize=7, loc="best")
@@ -40,7 +41,9 @@ def staircase(measured: "Staircase") -> "Figure":
         panels[0].set_ylabel("time, of the whole width")
         threads = f"{measured.threads} thread{'s' if measured.threads > 1 else ''}"
         figure.suptitle(
-            f"Time follows width in steps (ONNX Runtime, batch 1, {threads})", x=0.02, ha="left"
+            f"Time follows width in steps (ONNX Runtime, batch 1, {threads}; INT8 dashed)",
+            x=0.02,
+            ha="left",
         )
     return figure
 
@@ -57,5 +60,13 @@ def _draw(axes: "Axes", stairs: "Stairs", places: dict[int, int], color: str) ->
         color=color,
         marker="o",
         markersize=3,
-        label=label,
+        linestyle="--" if stairs.int8 else "-",
+        label="_nolegend_" if stairs.int8 else label,
     )
+
+
+def _titled(measured: "Staircase", kind: "Kind", step: int) -> str:
+    """Say the step, and where float and INT8 have others."""
+    ours, theirs = (measured.steps_in(int8=int8).get(kind) for int8 in (False, True))
+    both = f" (float {ours}, INT8 {theirs})" if theirs not in (None, ours) else ""
+    return f"{kind}: step {step}{both}"

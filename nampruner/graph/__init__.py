@@ -5,6 +5,8 @@
 labels.py   what a label layer is           tracer.py   carries layers through a forward pass
 ledger.py   what the rules find out         rules/      what each ATen op does to the layers
 graph.py    the value that comes out        cost.py     MACs and parameters by width
+liveness.py what lives in memory until when  memory.py   its peak by width
+build.py    from the ledger to the graph
 teach.py    what a user may teach it
 """
 
@@ -20,7 +22,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_flatten
 
 from nampruner.errors import GraphError
-from nampruner.graph.graph import DependencyGraph, UnitGroup, build
+from nampruner.graph.build import build
+from nampruner.graph.graph import DependencyGraph, UnitGroup
 from nampruner.graph.rules import RULES
 from nampruner.graph.teach import CHANNELWISE, TAUGHT, channelwise, rule
 from nampruner.graph.tracer import Call, Rule, Tracer
@@ -75,7 +78,7 @@ def trace(
         unreached = _unreached(model, tracer)
         if unreached:
             _trace_training(model, tracer, run, unreached)
-    return build(tracer.ledger, model)
+    return build(tracer.ledger, tracer.liveness.lifetimes, model, tracer.batch)
 
 
 def _run(
@@ -84,6 +87,8 @@ def _run(
     model.train(training)
     for tensor in _tensors(inputs, "takes"):
         tracer.activate(tensor)
+        if not training:
+            tracer.liveness.take(tensor)
     try:
         with tracer.watching():
             outputs = forward(model, inputs)
@@ -91,10 +96,21 @@ def _run(
         where = tracer.stack[-1] if tracer.stack else "(root)"
         raise GraphError(
             f"{type(model).__name__} does not run on the example inputs, in module {where!r}: "
-            f"{error}"
+            f"{error}{_apart(model, inputs)}"
         ) from error
     for tensor in _tensors(outputs, "returns"):
         tracer.ledger.freeze(tracer.labels_of(tensor), "output of the network")
+        if not training:
+            tracer.liveness.give(tensor)
+
+
+def _apart(model: nn.Module, inputs: Inputs) -> str:
+    """What to do where inputs lie on a device on which nothing of the network does."""
+    homes = {str(t.device) for t in (*model.parameters(), *model.buffers())}
+    away = {str(t.device) for t in _tensors(inputs, "takes")} - homes
+    if not homes or not away:
+        return ""
+    return f" (inputs on {', '.join(away)}, network on {', '.join(homes)}; bring them together)"
 
 
 def _tensors(values: Any, verb: str) -> list[Tensor]:

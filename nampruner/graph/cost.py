@@ -64,11 +64,7 @@ class Cost:
 
     @staticmethod
     def of(graph: "DependencyGraph") -> "Cost":
-        group_of = np.full(graph.count, -1, dtype=np.int64)
-        for number, group in enumerate(graph.groups):
-            group_of[group.units] = number
-        sizes = np.array([len(group.units) for group in graph.groups], dtype=np.float64)
-
+        group_of, sizes = graph.group_of, graph.sizes
         moving: dict[str, dict[int, Ints]] = {}
         for slot in graph.slots:
             units = graph.units(slot)

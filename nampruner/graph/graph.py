@@ -4,23 +4,20 @@ It knows no ratio, no score and no library. Arrays of labels are int64; unit 0 i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from torch import Tensor, nn
 
-from nampruner.graph.cost import Cost
-from nampruner.graph.ledger import Contraction, Ledger, Slot
+from nampruner.graph.cost import Cost, Floats
+from nampruner.graph.ledger import Slot
+from nampruner.graph.memory import Held, Memory
 from nampruner.plan import LeftAlone, Size
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-Units = Callable[[Tensor], Ints]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +79,10 @@ class DependencyGraph:
     widths: tuple[Width, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     """Parameter → shape; buffers are not counted as parameters."""
+    held: tuple[Held, ...] = field(repr=False)
+    """What the forward pass makes, at batch 1."""
+    itemsize: float
+    """Bytes per parameter."""
 
     def units(self, slot: Slot) -> Ints:
         """Units of a slot, index by index [size]."""
@@ -187,14 +188,36 @@ class DependencyGraph:
         return out
 
     @cached_property
+    def group_of(self) -> Ints:
+        """Unit → number of its group; -1 where it cannot go."""
+        found = np.full(self.count, -1, dtype=np.int64)
+        for number, group in enumerate(self.groups):
+            found[group.units] = number
+        return found
+
+    @cached_property
+    def sizes(self) -> Floats:
+        """Units of every group."""
+        return np.array([len(group.units) for group in self.groups], dtype=np.float64)
+
+    @cached_property
     def cost(self) -> Cost:
         """MACs and parameters as functions of the groups' widths."""
         return Cost.of(self)
 
+    @cached_property
+    def memory(self) -> Memory:
+        """Bytes of weights and of what lives beside them, likewise."""
+        return Memory.of(self)
+
     def size(self, removed: Bools) -> Size:
-        """MACs (batch 1) and parameters once `removed` units are gone."""
+        """MACs, parameters and memory (batch 1) once `removed` units are gone."""
         kept = np.array([int((~removed[g.units]).sum()) for g in self.groups], dtype=np.float64)
-        return Size(params=round(self.cost.params(kept)), macs=round(self.cost.macs(kept)))
+        return Size(
+            params=round(self.cost.params(kept)),
+            macs=round(self.cost.macs(kept)),
+            memory=round(self.memory.peak(kept)),
+        )
 
 
 def _in_order(values: Ints) -> list[int]:
@@ -207,68 +230,3 @@ def _in_order(values: Ints) -> list[int]:
 def _group(units: list[int], producers: dict[str, int], slots: dict[int, int]) -> UnitGroup:
     name, multiplicity = next(iter(producers.items()))
     return UnitGroup(name, np.array(units), multiplicity, tuple(producers.values()), slots)
-
-
-def build(ledger: Ledger, model: nn.Module) -> DependencyGraph:
-    """Close the ties (connected components) and turn the ledger into the value."""
-    unit_of = _components(ledger)
-
-    def units(labels: Tensor) -> Ints:
-        found: Ints = unit_of[labels.reshape(-1).numpy()]
-        return found
-
-    frozen: dict[int, str] = {}
-    for labels, why in ledger.frozen:
-        for unit in np.unique(units(labels)).tolist():
-            frozen.setdefault(unit, why)
-    frozen.pop(0, None)
-    return DependencyGraph(
-        slots=tuple(ledger.slots),
-        unit_of=unit_of,
-        frozen=frozen,
-        consumers=_masked_slots(ledger),
-        products=tuple(_product(c, units) for c in ledger.contractions),
-        widths=tuple(
-            Width(w.module, w.op, w.before, tuple(units(v) for v in w.counted))
-            for w in ledger.literals
-        ),
-        shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
-    )
-
-
-def _product(contraction: Contraction, units: Units) -> Product:
-    return Product(
-        contraction.module,
-        contraction.factor,
-        units(contraction.outputs),
-        units(contraction.inputs),
-    )
-
-
-def _components(ledger: Ledger) -> Ints:
-    nothing = np.zeros((2, 0), dtype=np.int64)
-    a, b = np.concatenate([nothing, *(t.numpy() for t in ledger.ties)], axis=1)
-    size = (ledger.labels, ledger.labels)
-    links = coo_matrix((np.ones(len(a), dtype=bool), (a, b)), shape=size)
-    found = connected_components(links, directed=False)[1].astype(np.int64)
-    # label 0 meets nothing, so its component is its own; it becomes unit 0
-    return np.where(found == found[0], 0, found + (found < found[0]))
-
-
-def _masked_slots(ledger: Ledger) -> frozenset[int]:
-    starts = np.array([slot.start for slot in ledger.slots])
-
-    def owners(labels: list[Tensor]) -> set[int]:
-        used = [np.unique(v[v > 0].numpy()) for v in labels]
-        hits = np.concatenate(used or [np.zeros(0, dtype=np.int64)])
-        return set(np.unique(np.searchsorted(starts, hits, side="right") - 1).tolist())
-
-    silenced = owners(ledger.silenced)
-    modules = {ledger.slots[i].name.rpartition(".")[0] for i in silenced}
-    # a producer that is silenced loses its bias too
-    biases = {
-        i
-        for i, slot in enumerate(ledger.slots)
-        if slot.name.rpartition(".")[0] in modules and slot.name.endswith("bias")
-    }
-    return frozenset(owners(ledger.consumed) | silenced | biases)

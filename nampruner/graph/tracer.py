@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from nampruner.graph.labels import Layer, Layers, compact, varying
 from nampruner.graph.ledger import Contraction, Ledger, Literal
+from nampruner.graph.liveness import Liveness
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Tracer(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = Ledger()
+        self.liveness = Liveness()
         self.batch = batch
         self.stack: list[str] = []
         self.visited: set[str] = set()
@@ -133,6 +135,7 @@ class Tracer(TorchDispatchMode):
         self._rules = rules
         self._channelwise = channelwise
         self._inside = 0  # > 0 while a channel-wise module runs: its ops are not looked at
+        self._entered = 0  # lifetimes that were known when it began
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._paths = {id(module): path for path, module in model.named_modules()}
@@ -170,9 +173,10 @@ class Tracer(TorchDispatchMode):
         if any(t in self.active for t in inputs):
             for tensor in results:
                 self.activate(tensor)
-        if self._inside or not any(self.labels_of(t) for t in inputs):
-            return out
-        self._follow(call, results)
+        if not self._inside and any(self.labels_of(t) for t in inputs):
+            self._follow(call, results)
+        if self.ledger.counting:
+            self.liveness.follow(inputs, results, self.active, self.labels_of)
         return out
 
     def _follow(self, call: Call, results: list[Tensor]) -> None:
@@ -216,6 +220,8 @@ class Tracer(TorchDispatchMode):
             self.stack.append(self._paths[id(module)])
             self.visited.add(self.stack[-1])
         if type(module) in self._channelwise:
+            if not self._inside:
+                self._entered = len(self.liveness.lifetimes)
             self._inside += 1
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -239,6 +245,8 @@ class Tracer(TorchDispatchMode):
                 why = f"{type(module).__name__} at {self._here()} has a fixed width"
                 self.ledger.tie(layer.reshape(-1), mine if size == channels else mine[:1] * 0, why)
         self.put(out, layers)
+        if ours is not None:
+            self.liveness.label(self._entered, ours.reshape(-1))
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -14,12 +14,15 @@ VERSION = f"onnxruntime {onnxruntime.__version__}"
 _ORT_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
 
 
-def open_session(path: Path | str, threads: int = 0, *, cuda: bool = False) -> Any:
+def open_session(
+    path: Path | str, threads: int = 0, *, cuda: bool = False, trace: Path | None = None
+) -> Any:
     """Open an ONNX file in ONNX Runtime.
 
     Args:
         threads: threads inside one operation; 0 leaves the choice to ONNX Runtime.
         cuda: run on the GPU where this ONNX Runtime can, else on the CPU.
+        trace: where the profile goes, a prefix; without it, nothing is profiled.
 
     Raises:
         NamPrunerError: there is no such file, or ONNX Runtime cannot run it.
@@ -30,6 +33,8 @@ def open_session(path: Path | str, threads: int = 0, *, cuda: bool = False) -> A
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if trace is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(trace)
     # A pool that spins on after its run would slow down whoever is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     wanted = ["CUDAExecutionProvider"] if cuda else []

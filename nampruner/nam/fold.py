@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map_only
 
 from nampruner.errors import NamPrunerError
 from nampruner.modes import evaluating
@@ -210,11 +211,11 @@ def _measured(model: nn.Module, batches: Iterable[Inputs], bound: float) -> dict
         model.get_submodule(path).register_forward_hook(moves.watch)
         for path, moves in found.items()
     ]
-    seen = 0
+    seen, device = 0, next(model.parameters(), torch.empty(0)).device
     try:
         with evaluating(model):
             for batch in batches:
-                call(model, batch)
+                call(model, tree_map_only(Tensor, lambda x: x.to(device), batch))
                 seen += 1
     finally:
         for handle in handles:

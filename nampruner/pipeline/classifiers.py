@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nampruner import models
 from nampruner.checkpoint import InputSpec
-from nampruner.config import ExportCommand, Recipe
+from nampruner.config import ExportCommand
 from nampruner.data import load_data
 from nampruner.errors import NamPrunerError
 from nampruner.export.judges import Judge, TopOne
@@ -18,6 +18,7 @@ from nampruner.latency import feeds, open_session
 from nampruner.penalty import SparsityPenalty, fitting_strength
 from nampruner.pipeline.task import Judged
 from nampruner.progress import Progress
+from nampruner.recipe import Recipe
 from nampruner.training import FitSettings, check_match, evaluate, fit, resolve_device
 
 EXAMPLES = 4

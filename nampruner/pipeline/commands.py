@@ -8,14 +8,12 @@ from nampruner.config import (
     ExportCommand,
     FinetuneCommand,
     Kind,
-    Options,
     PruneCommand,
     TrainCommand,
-    flag,
-    merged,
 )
 from nampruner.errors import NamPrunerError
 from nampruner.export.half import TOLERANCE as HALF_TOLERANCE
+from nampruner.options import Options, flag
 from nampruner.pipeline import exporting, int8, stages
 from nampruner.pipeline.exporting import Exported, check_export_path
 from nampruner.pipeline.folders import (
@@ -33,8 +31,10 @@ from nampruner.pipeline.job import Job, Loaded, load, prepare, resume, trusted
 from nampruner.pipeline.publish import scratch, timed
 from nampruner.pipeline.stages import Made, check, made, make, planned, prune_result
 from nampruner.pipeline.whole import run, trained
-from nampruner.plan import PruneResult, PruningPlan, RunResult
+from nampruner.plan import PruningPlan
 from nampruner.progress import Progress
+from nampruner.recipe import merged
+from nampruner.results import PruneResult, RunResult
 
 _ENDINGS: dict[Kind, str] = {
     "onnx": ".onnx",

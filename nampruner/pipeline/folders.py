@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from nampruner import checkpoint
-from nampruner.config import TARGETS, Recipe, read_recipe
+from nampruner.config import TARGETS
 from nampruner.errors import CheckpointError, NamPrunerError
+from nampruner.recipe import Recipe, read_recipe
 
 RUNS = Path("runs")
 RECIPE = "recipe.yaml"
@@ -142,9 +143,8 @@ def parent_of(folder: Path, linked: str | None) -> Path | None:
 
 def cut_name(source: Path, recipe: Recipe) -> Path:
     """Name the cut of a checkpoint after what was done: `runs/x/dense-ratio0.3`."""
-    target = next(name for name in TARGETS if getattr(recipe, name) is not None)
-    amount = str(getattr(recipe, target)).replace("%", "pct")
-    return source.with_name(f"{bare_name(source)}-{target}{amount}")
+    given = [f"{name}{amount}" for name in TARGETS if (amount := getattr(recipe, name)) is not None]
+    return source.with_name("-".join([bare_name(source), *given]).replace("%", "pct"))
 
 
 def bare_name(source: Path) -> str:

@@ -10,18 +10,20 @@ from torch import nn
 from nampruner import checkpoint, models
 from nampruner.aiming import known_device
 from nampruner.baking import bake
+from nampruner.budget import Device, Steps
 from nampruner.checkpoint import CheckpointRecord
-from nampruner.config import DataOptions, Options, Recipe, merged
+from nampruner.config import DataOptions
 from nampruner.errors import NamPrunerError
 from nampruner.export import exported_run
 from nampruner.graph import DependencyGraph, trace
 from nampruner.importance import Scores, score
 from nampruner.models.weights import named
 from nampruner.nam import attach_nam, nam_modules
+from nampruner.options import Options
 from nampruner.pipeline.folders import is_pt, require_checkpoint
 from nampruner.pipeline.task import YOLO, Task, open_task
 from nampruner.progress import Progress, Silent
-from nampruner.selection import Device, Steps
+from nampruner.recipe import Recipe, merged
 from nampruner.staircase import Bench, Geometry, Staircase, layers_of, module_steps, staircase
 from nampruner.training import resolve_device
 from nampruner.training.surroundings import own_chance, seed_all

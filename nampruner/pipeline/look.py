@@ -10,20 +10,23 @@ from torch import Tensor
 
 from nampruner import figures
 from nampruner.checkpoint import CheckpointRecord, parse_record
-from nampruner.config import TARGETS, BenchCommand, Options, RankCommand, Recipe
+from nampruner.config import TARGETS, BenchCommand, RankCommand
 from nampruner.errors import NamPrunerError
 from nampruner.export import export_onnx, exportable, read_metadata
 from nampruner.graph import DependencyGraph, UnitGroup
 from nampruner.importance import Scores
 from nampruner.latency import compare, measure, open_session
 from nampruner.lineage import Lineage
+from nampruner.options import Options
 from nampruner.pipeline.exporting import RECORD_KEY
 from nampruner.pipeline.folders import is_pt
 from nampruner.pipeline.job import Job, Loaded, load, prepare, recipe_of, resume
+from nampruner.pipeline.layers import PerLayer, draw_layers, per_layer
 from nampruner.pipeline.publish import scratch
 from nampruner.pipeline.task import Judged
 from nampruner.plan import Latency, Record
 from nampruner.progress import Progress, Silent
+from nampruner.recipe import Recipe
 from nampruner.selection import select
 from nampruner.staircase import Bench, GroupTime, Staircase, savings
 
@@ -195,16 +198,22 @@ class Benchmark(Record):
     """What `nampruner bench` reports."""
 
     candidates: tuple[Timed, ...]
+    per_layer: PerLayer | None = None
+    """Where the time goes; None where that was not asked for."""
 
 
 def bench(
     paths: Sequence[Path],
     options: BenchCommand,
     *,
+    figure: Path | None = None,
     trust: bool = False,
     progress: Progress | None = None,
 ) -> Benchmark:
     """Time checkpoints and ONNX files in turns, all as ONNX in ONNX Runtime.
+
+    Args:
+        figure: where the times per layer are drawn, a PNG.
 
     Raises:
         NamPrunerError: there is nothing to compare, or one cannot be run.
@@ -213,18 +222,20 @@ def bench(
         raise NamPrunerError(
             "bench compares; give at least two checkpoints or ONNX files, each once"
         )
+    if figure is not None and not options.per_layer:
+        raise NamPrunerError("the figure of bench is that of --per-layer; give both or neither")
     with scratch() as folder:
         files = {
             str(path): _as_onnx(path, Path(folder) / f"{n}.onnx", trust=trust, progress=progress)
             for n, path in enumerate(paths)
         }
-        times = measure(
-            files,
-            _noise(files.values(), options.batch),
-            threads=options.threads,
-            rounds=options.rounds,
-            progress=progress,
-        )
+        inputs, threads = _noise(files.values(), options.batch), options.threads
+        times = measure(files, inputs, threads=threads, rounds=options.rounds, progress=progress)
+        layers = None
+        if options.per_layer:
+            layers = per_layer(files, inputs, threads=threads, progress=progress)
+            if figure is not None:
+                draw_layers(layers, figure)
         first = times[str(paths[0])]
         verdicts = {name: compare(first, latency) for name, latency in times.items()}
         return Benchmark(
@@ -237,7 +248,8 @@ def bench(
                     verdict="" if times[name] is first else str(verdicts[name]),
                 )
                 for name, file in files.items()
-            )
+            ),
+            per_layer=layers,
         )
 
 

@@ -30,13 +30,9 @@ from nampruner.pipeline.stages import (
     quality,
 )
 from nampruner.pipeline.task import YOLO
-from nampruner.plan import (
-    Latency,
-    OnnxResult,
-    PruneResult,
-    RunResult,
-)
+from nampruner.plan import Latency
 from nampruner.report import render
+from nampruner.results import OnnxResult, PruneResult, RunResult
 from nampruner.staircase.device import processor
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from nampruner.errors import CheckpointError
 from nampruner.importance import score
 from nampruner.pipeline.folders import forget, is_made, is_pt, link, parent_of
 from nampruner.pipeline.job import Job, Loaded, build, keep, record_of
-from nampruner.plan import Certificate, Measured, PruneResult, PruningPlan, Quality, Record
+from nampruner.plan import Certificate, PruningPlan, Record
 from nampruner.pruning import restore
+from nampruner.results import Measured, PruneResult, Quality
 from nampruner.selection import select
 from nampruner.settle import Cut
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from nampruner.certificate import Forward
 from nampruner.checkpoint import InputSpec
-from nampruner.config import ExportCommand, Recipe
+from nampruner.config import ExportCommand
 from nampruner.export.judges import Judge
 from nampruner.importance import Batches
-from nampruner.plan import Quality
 from nampruner.progress import Progress
+from nampruner.recipe import Recipe
+from nampruner.results import Quality
 
 
 class Judged(Quality):

@@ -5,14 +5,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from nampruner.checkpoint import is_checkpoint
-from nampruner.config import Options, Recipe
 from nampruner.errors import NamPrunerError
+from nampruner.options import Options
 from nampruner.pipeline.folders import RESULT, check_run_folder, claim, write
 from nampruner.pipeline.job import Job, load, prepare, resume
 from nampruner.pipeline.publish import compare, report, scratch
 from nampruner.pipeline.stages import check, finetune, last_cut, make, prune, train, uncut_parent
-from nampruner.plan import RunResult
 from nampruner.progress import Progress, Silent
+from nampruner.recipe import Recipe
+from nampruner.results import RunResult
 
 PLAN, PAGE = "plan.json", "report.html"
 

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from nampruner import models, yolo
 from nampruner.checkpoint import CheckpointRecord, InputSpec
-from nampruner.config import ExportCommand, Recipe, flag
+from nampruner.config import ExportCommand
 from nampruner.errors import NamPrunerError
 from nampruner.export import read_metadata
 from nampruner.export.judges import Judge
 from nampruner.importance import Batches
 from nampruner.lineage import lineage
+from nampruner.options import flag
 from nampruner.pipeline.classifiers import top_one
 from nampruner.pipeline.folders import METRICS, STATE, write
 from nampruner.pipeline.task import Judged
 from nampruner.progress import Progress
+from nampruner.recipe import Recipe
 from nampruner.training import resolve_device
 
 EXAMPLES = 2

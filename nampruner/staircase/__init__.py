@@ -1,8 +1,8 @@
 """Width is a staircase: what a convolution of this width takes on this device, measured.
 
 geometry.py  the convolutions of a network, and the same ones narrower
-bench.py     their times in ONNX Runtime, taken in turns, kept in the user's cache
-steps.py     the rounding step of each kind of layer
+bench.py     their times in ONNX Runtime, float and INT8, in turns, kept in the user's cache
+steps.py     the rounding step of each kind of layer, one for both
 savings.py   what one step of width saves in a network
 timetable.py the time of a network as a function of its widths
 device.py    what a measured time depends on, and where it is kept

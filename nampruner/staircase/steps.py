@@ -25,6 +25,8 @@ class Stairs(Record):
     """How many layers of the network are like it."""
     widths: tuple[int, ...]
     ms: tuple[float, ...]
+    int8: bool = False
+    """As INT8 networks run it, or in float."""
 
     def at(self, width: int) -> float | None:
         """Milliseconds at a width; None where it was not measured."""
@@ -39,27 +41,40 @@ class Staircase(Record):
 
     @property
     def steps(self) -> dict[Kind, int]:
-        """Rounding step of each kind that was measured."""
-        kinds = {stairs.geometry.kind for stairs in self.stairs}
-        return {kind: self._step(kind) for kind in get_args(Kind) if kind in kinds}
+        """Rounding step of each kind that was measured: one in float and in INT8.
 
-    def _step(self, kind: Kind) -> int:
-        """Go down from the widest step until one does not pay; the last that did is it.
-
-        From B channels, removing s must save at least half of what it would if B - s lay on the
-        line between B and B - 2s: on a flat tread it saves nothing, before a cliff less than that.
+        Steps are powers of 2, so the larger one is a multiple of the other.
         """
-        ours = [stairs for stairs in self.stairs if stairs.geometry.kind == kind]
-        measured = [step for step in STEPS if any(_triple(each, step) for each in ours)]
-        found = 2 * measured[0]
-        for step in measured:
-            triples = [(each.layers, *t) for each in ours if (t := _triple(each, step))]
-            saved = sum(layers * (full - less) for layers, full, less, _ in triples)
-            line = sum(layers * (full - least) / 2 for layers, full, _, least in triples)
-            if line <= 0 or saved < _ENOUGH * line:
-                break
-            found = step
-        return found
+        ours, theirs = self.steps_in(int8=False), self.steps_in(int8=True)
+        return {kind: max(step, theirs.get(kind, 1)) for kind, step in ours.items()}
+
+    def steps_in(self, *, int8: bool) -> dict[Kind, int]:
+        """Rounding step of each kind that was measured in one of both."""
+        found = [stairs for stairs in self.stairs if stairs.int8 is int8]
+        kinds = {stairs.geometry.kind for stairs in found}
+        return {
+            kind: _step([stairs for stairs in found if stairs.geometry.kind == kind])
+            for kind in get_args(Kind)
+            if kind in kinds
+        }
+
+
+def _step(ours: list[Stairs]) -> int:
+    """Go down from the widest step until one does not pay; the last that did is it.
+
+    From B channels, removing s must save at least half of what it would if B - s lay on the
+    line between B and B - 2s: on a flat tread it saves nothing, before a cliff less than that.
+    """
+    measured = [step for step in STEPS if any(_triple(each, step) for each in ours)]
+    found = 2 * measured[0]
+    for step in measured:
+        triples = [(each.layers, *t) for each in ours if (t := _triple(each, step))]
+        saved = sum(layers * (full - less) for layers, full, less, _ in triples)
+        line = sum(layers * (full - least) / 2 for layers, full, _, least in triples)
+        if line <= 0 or saved < _ENOUGH * line:
+            break
+        found = step
+    return found
 
 
 def _triple(stairs: Stairs, step: int) -> tuple[float, float, float] | None:
@@ -72,7 +87,10 @@ def _triple(stairs: Stairs, step: int) -> tuple[float, float, float] | None:
 def staircase(
     layers: Iterable[Geometry], bench: Bench, progress: Progress | None = None
 ) -> Staircase:
-    """Measure what the layers of a network take at other widths, the largest of each kind."""
+    """Measure what the layers of a network take at other widths, in float and in INT8.
+
+    Of each kind, the largest are measured.
+    """
     alike = Counter(base for layer in layers if (base := _base(layer)))
     chosen: list[Geometry] = []
     for kind in get_args(Kind):
@@ -80,8 +98,8 @@ def staircase(
         ours.sort(key=lambda geometry: -geometry.macs * alike[geometry])
         chosen += ours[:_MOST_PER_KIND]
     sets = [tuple(base.resized(width, width) for width in _widths(base)) for base in chosen]
-    found = (_stairs(turns, alike) for turns in bench.times(sets, progress))
-    return Staircase(threads=bench.threads, stairs=tuple(found))
+    found = [*bench.times(sets, progress), *bench.times(sets, progress, int8=True)]
+    return Staircase(threads=bench.threads, stairs=tuple(_stairs(turns, alike) for turns in found))
 
 
 def _base(layer: Geometry) -> Geometry | None:
@@ -106,7 +124,7 @@ def _widths(base: Geometry) -> list[int]:
 def _stairs(turns: Turns, alike: Mapping[Geometry, int]) -> Stairs:
     base = turns.geometries[0]
     widths = tuple(each.outputs for each in turns.geometries)
-    return Stairs(geometry=base, layers=alike[base], widths=widths, ms=turns.ms)
+    return Stairs(geometry=base, layers=alike[base], widths=widths, ms=turns.ms, int8=turns.int8)
 
 
 def module_steps(layers: Mapping[str, Geometry], found: Staircase) -> dict[str, int]:

@@ -80,11 +80,12 @@ class _Run:
         sgd = SGD(groups, settings.lr, momentum=settings.momentum, nesterov=nesterov)
         if penalty is not None:
             penalty.attach(sgd)
-        # accelerate marks and wraps what it prepares: the shell takes that, the model stays clean
-        shell = nn.Sequential(model)
-        self.shell, self.optimizer, self.loader = accelerator.prepare(shell, sgd, data.train)
+        self.loader = accelerator.prepare(data.train)
         steps = settings.epochs * len(self.loader)
+        # it marks the optimizer's step, which accelerate keeps and, beside a scaler, puts back
         self.scheduler = OneCycleLR(sgd, settings.lr, total_steps=steps, cycle_momentum=False)
+        # accelerate marks and wraps what it prepares: the shell takes that, the model stays clean
+        self.shell, self.optimizer = accelerator.prepare(nn.Sequential(model), sgd)
         self.epochs: tuple[EpochMetrics, ...] = ()
 
     def state(self) -> State:

@@ -85,7 +85,8 @@ def own_chance() -> Iterator[None]:
     flags = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        with torch.random.fork_rng():
+        # named, so that several GPUs are no reason for torch to warn
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)

@@ -16,6 +16,7 @@ picks.py     the boxes they come to        precision.py INT8, judged by mAP
 source.py    networks from names           files.py      .pt files, the tripwire
 images.py    letterboxed images            trainers.py   one per task, keeps the network
 data.py      what a data set says          training.py   train, resume, validate
+expectation.py  distances, for ONNX Runtime
 """
 
 from collections.abc import Sequence

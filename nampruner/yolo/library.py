@@ -22,6 +22,7 @@ try:
     from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
     from ultralytics.models.yolo.segment import SegmentationTrainer, SegmentationValidator
     from ultralytics.nn import tasks
+    from ultralytics.nn.modules.block import DFL
     from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, ROOT, YAML
     from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.torch_utils import is_qat, unwrap_model
@@ -36,6 +37,7 @@ finally:
 
 __all__ = [
     "DEFAULT_CFG_DICT",
+    "DFL",
     "ROOT",
     "YAML",
     "ClassificationTrainer",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from nampruner.errors import NamPrunerError
 from nampruner.export.boxes import Detector
 from nampruner.latency import Array
-from nampruner.yolo.library import is_qat
+from nampruner.yolo.expectation import Expectation
+from nampruner.yolo.library import DFL, is_qat
 from nampruner.yolo.picks import boxes_of, picks
 
 TASKS = ("detect", "segment", "pose", "obb", "classify")
@@ -83,6 +84,8 @@ class Exportable(Detector):
             head.fuse()  # drops what only training needs
         # anchors kept from an earlier call would fix the batch size
         head.dynamic = True
+        if isinstance(getattr(head, "dfl", None), DFL):
+            head.dfl = Expectation(head.reg_max).to(head.dfl.conv.weight)
 
     def forward(self, images: Tensor) -> Any:
         return self.network(images) if self.decoded else forward(self.network, images)

@@ -18,6 +18,7 @@ from nampruner.graph.rules.movement import (
     patches,
     pick,
     reshape,
+    restride,
     shuffle_pixels,
     split,
     stack,
@@ -83,6 +84,7 @@ def _table() -> dict[str, Rule]:
             permute transpose t unsqueeze squeeze flip roll repeat select expand
             narrow movedim unfold repeat_interleave diagonal rot90 numpy_T mT""",
         reshape: "view _unsafe_view reshape flatten unflatten _reshape_alias",
+        restride: "as_strided",
         take: "slice",
         split: "split split_with_sizes unbind chunk unsafe_split unsafe_chunk split_copy",
         concatenate: "cat concat",

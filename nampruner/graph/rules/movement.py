@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from nampruner.graph.labels import (
     Layer,
@@ -15,6 +16,7 @@ from nampruner.graph.labels import (
     varying,
     vector,
 )
+from nampruner.graph.rules.elementwise import unknown
 from nampruner.graph.rules.shared import merge, only_channels
 from nampruner.graph.tracer import Call
 
@@ -25,7 +27,9 @@ def move(call: Call) -> list[Layers]:
 
 
 def _same_op(call: Call, layer: Layer) -> Layer:
-    out: Layer = call.function(layer.expand(call.args[0].shape), *call.args[1:], **call.kwargs)
+    # labels stay on the CPU, an index may lie beside its tensor on a GPU
+    args, kwargs = tree_map_only(Tensor, Tensor.cpu, (call.args[1:], call.kwargs))
+    out: Layer = call.function(layer.expand(call.args[0].shape), *args, **kwargs)
     return out
 
 
@@ -45,6 +49,20 @@ def reshape(call: Call) -> list[Layers]:
                 call.literal(shape[d], moved.reshape(-1))
         merged.append(moved)
     return [merge(call, merged)]
+
+
+def restride(call: Call) -> list[Layers]:
+    """`as_strided` that moves nothing, as pooling to 1x1 does for channels_last."""
+    x, out = call.args[0], call.results[0]
+    still = x.shape == out.shape and x.is_contiguous() and out.is_contiguous()
+    # done in place, `x` is `out` already, but its labels have the sizes it had
+    if still and all(_fits(layer, out.shape) for layer in call.labels(x)):
+        return [call.labels(x)]
+    return unknown(call)
+
+
+def _fits(layer: Layer, shape: torch.Size) -> bool:
+    return layer.dim() == len(shape) and all(map(lambda a, b: a in (1, b), layer.shape, shape))
 
 
 def take(call: Call) -> list[Layers]:
