@@ -18,11 +18,12 @@ from nampruner.budget import Device
 from nampruner.certificate import Forward
 from nampruner.config import PruneOptions
 from nampruner.errors import NamPrunerError
-from nampruner.export import export_onnx
+from nampruner.export import export_onnx, exportable, exported_run, has_form
 from nampruner.graph import DependencyGraph
 from nampruner.importance import Scores
 from nampruner.latency import compare
 from nampruner.latency.fresh import measure_fresh
+from nampruner.lineage import lineage, remember
 from nampruner.plan import Latency
 from nampruner.progress import Progress, Silent
 from nampruner.settle import Cut, settle
@@ -91,6 +92,8 @@ def aim(
     _tell(best, progress or Silent())
     achieved = best.cut.plan.achieved.model_copy(update={"latency": best.measured})
     plan = best.cut.plan.model_copy(update={"achieved": achieved})
+    # the checkpoint's plan is the one that the network carries
+    remember(best.cut.model, plans=(*lineage(best.cut.model).plans[:-1], plan))
     return replace(best.cut, plan=plan)
 
 
@@ -150,6 +153,7 @@ def known_device(
     model: nn.Module,
     options: PruneOptions,
     example_inputs: Any,
+    forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> Device | None:
     """Measure what the options need to know of this device; None where they need nothing.
@@ -160,7 +164,8 @@ def known_device(
         return None
     # a target that cannot be read is an error before anything is measured
     share = 1.0 if options.latency is None else read_latency(options.latency, None) or 0.5
-    layers, bench = layers_of(model, example_inputs), Bench(threads=options.threads)
+    layers = layers_of(model, example_inputs, exported_run(model, forward))
+    bench = Bench(threads=options.threads)
     steps = module_steps(layers, staircase(layers.values(), bench, progress))
     if options.latency is None:
         return Device(steps)
@@ -180,16 +185,17 @@ def settle_on_device(
     """Settle, by what was measured on this device where the options ask for that.
 
     Raises:
-        NamPrunerError: a target in time for a network that takes more than one tensor.
+        NamPrunerError: a target in time, and nobody knows how the network is exported: it takes
+            more than one tensor, or has a `forward` of its own and is none of Ultralytics'.
         GraphError, CertificateError: see `nampruner.settle.settle`.
     """
-    timed = options.latency is not None or options.round_to == "auto"
-    if timed and (forward is not None or not isinstance(example_inputs, Tensor)):
+    own = forward is not None and not has_form(model)
+    if options.latency is not None and (own or not isinstance(example_inputs, Tensor)):
         raise NamPrunerError(
-            "a target in time and round_to = auto need a network that takes one tensor; give "
-            "another target and a number"
+            "a target in time is that of the exported network, whose plain call takes one tensor; "
+            "wrap it in a module of that kind and leave forward out, or give another target"
         )
-    device = known_device(model, options, example_inputs, progress)
+    device = known_device(model, options, example_inputs, forward, progress)
 
     def shoot(share: float) -> Cut:
         at = device and replace(device, share=share)
@@ -207,11 +213,11 @@ def exported_times(
 ) -> Stopwatch:
     """Return what exports a slim network and times it beside the dense one, in a fresh process."""
     files = {name: folder / f"{name}.onnx" for name in ("dense", "slim")}
-    export_onnx(model, files["dense"], example_inputs)
+    export_onnx(exportable(model), files["dense"], example_inputs)
     image: Any = example_inputs[:1].detach().cpu().numpy()
 
     def times(slim: nn.Module) -> tuple[Latency, Latency]:
-        export_onnx(slim, files["slim"], example_inputs)
+        export_onnx(exportable(slim), files["slim"], example_inputs)
         passes: list[tuple[Latency, Latency]] = []
         while not _certain(passes):
             found = measure_fresh(files, image, threads=threads)

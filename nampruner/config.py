@@ -255,6 +255,8 @@ class ExportCommand(RuntimeOptions, LatencyOptions, DataOptions, CalibrationOpti
     """ONNX in half precision, for GPUs; inputs and outputs stay float32."""
     agreement: Annotated[Fraction, Field(exclude=True)] = 0.99
     """Smallest share of test images to which --int8 gives the answer of the float network."""
+    drop: Annotated[Fraction, Field(exclude=True)] = 0.01
+    """Most mAP50-95 that --int8 may cost a detector; 0.01 is one point."""
 
     @property
     def kind(self) -> Kind:

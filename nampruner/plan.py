@@ -177,6 +177,25 @@ class FoldedGates(Record):
     top1_agreement: float
 
 
+class BoxParity(Record):
+    """The boxes of a detector in two runtimes, after suppression, on the same images."""
+
+    boxes: int
+    """What PyTorch finds, at a score of 0.05 or more; of a network that picks by itself, all."""
+    pairs: int
+    """What both find: of one class, in one place."""
+    ties: int
+    """What only one finds."""
+    worst_iou: float
+    """Smallest intersection over union of a pair."""
+    worst_shift: float
+    """Largest difference of a pair's coordinates in pixels."""
+    worst_score: float
+    """Largest difference of a pair's scores."""
+    worst_tie: float
+    """How far a score would have had to be another one for both to find the same."""
+
+
 class Parity(Record):
     """ONNX Runtime against PyTorch on real inputs."""
 
@@ -186,28 +205,8 @@ class Parity(Record):
     top1_agreement: float | None
     """Of the first output over its dimension 1; None where that is no score."""
     inputs: int
-
-
-class KeptFloat(Record):
-    """A node of an INT8 network that stays float."""
-
-    node: str
-    """Module and operation, such as `fc/Gemm`."""
-    error: float
-    """‖y - float‖ / ‖float‖ of the outputs where this node alone is INT8, on calibration inputs."""
-
-
-class Int8(Record):
-    """An INT8 network against the float one."""
-
-    parity: Parity
-    """On the inputs of the proof; against PyTorch."""
-    quantized: int
-    """Nodes that are INT8."""
-    kept_float: tuple[KeptFloat, ...]
-    """The worst first; empty where all could be INT8."""
-    calibration: int
-    """Inputs that the ranges of the activations come from."""
+    boxes: BoxParity | None = None
+    """Only of a detector."""
 
 
 class Latency(Record):
@@ -223,20 +222,6 @@ class Latency(Record):
     batch: int
     runtime: str
     """For example `onnxruntime 1.32.0 CPUExecutionProvider`."""
-
-
-class Int8Gain(Int8):
-    """An INT8 network and what it brings, in ONNX Runtime, against its float file."""
-
-    size_float: int
-    accuracy_float: float | None
-    """On the test images."""
-    accuracy: float | None
-    latency_float: Latency
-    latency: Latency
-    """Both timed in turns."""
-    faster: bool
-    verdict: str
 
 
 class PruningPlan(Record):

@@ -14,6 +14,7 @@ from nampruner.figures import svg
 from nampruner.latency import compare
 from nampruner.plan import (
     Achieved,
+    BoxParity,
     Certificate,
     FoldedGates,
     Latency,
@@ -153,7 +154,20 @@ def _onnx_rows(onnx: OnnxResult) -> list[Row]:
     if parity.top1_agreement is not None:
         proof = f"top-1 agrees on {percent(parity.top1_agreement)} of {proof}"
     rows = [("ONNX against PyTorch", "", f"{parity.max_relative:.1e} apart", proof)]
+    rows += [("boxes", "", "", same_boxes(parity.boxes))] if parity.boxes else []
     return [*rows, ("NAM", "", "", folded_gates(onnx.folded))] if onnx.folded else rows
+
+
+def same_boxes(found: BoxParity) -> str:
+    """Say how many boxes ONNX Runtime and PyTorch both find, and how far these are apart."""
+    if not found.boxes:
+        return "Neither finds a box"
+    ties = f", {found.ties} differ by a tie of scores" if found.ties else ""
+    return (
+        f"Both find {found.pairs} of {found.boxes} boxes{ties}: overlap at least "
+        f"{found.worst_iou:.4f}, {found.worst_shift:.1e} px and {found.worst_score:.1e} of score "
+        "apart at most"
+    )
 
 
 def folded_gates(folded: FoldedGates) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_staircase import STEPS, Clock, Separable, treads
-from torch import nn
+from torch import Tensor, nn
 from zoo import image
 
 from nampruner import aiming
@@ -16,6 +16,7 @@ from nampruner.config import PruneCommand, PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.graph import DependencyGraph, trace
 from nampruner.latency.fresh import measure_fresh
+from nampruner.lineage import lineage
 from nampruner.plan import Latency
 from nampruner.pruning import plan_pruning
 from nampruner.recipe import Recipe, merged
@@ -157,6 +158,7 @@ def test_a_target_is_reached_as_it_is_measured(
     assert wanted
     measured = network_ms(found.model) / whole
     assert found.plan.achieved.latency == pytest.approx(measured)
+    assert lineage(found.model).plans == (found.plan,)
     assert found.plan.requested.latency == latency
     assert measured == pytest.approx(wanted, rel=0.05)
     assert 1 < len(shots) <= 5  # the part that no width changes is not in the table
@@ -200,8 +202,28 @@ def test_the_whole_chain_with_a_formula_for_a_clock(
     plan = plan_pruning(model, image(), latency="75%", importance="magnitude")
     assert plan.round_to == "auto"
     assert plan.achieved.latency == pytest.approx(0.75, rel=0.08)
-    with pytest.raises(NamPrunerError, match="takes one tensor"):
+    with pytest.raises(NamPrunerError, match="plain call takes one tensor"):
         plan_pruning(model, (image(),), latency="75%", importance="magnitude")
+
+
+def test_steps_of_time_need_no_plain_call(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        Bench, "_onnxruntime", lambda self, each, int8: [treads(geometry) for geometry in each]
+    )
+    given: Any = {"round_to": "auto", "ratio": 0.3, "importance": "magnitude"}
+    plain = plan_pruning(model, image(), **given)
+    assert plain.layers == plan_pruning(model, (image(),), **given).layers
+
+    def forward(network: nn.Module, named: dict[str, Tensor]) -> Tensor:
+        return 2 * network(named["picture"])
+
+    found = plan_pruning(model, {"picture": image()}, forward=forward, **given)
+    assert found.layers == plain.layers
+    with pytest.raises(NamPrunerError, match="plain call takes one tensor"):
+        plan_pruning(model, image(), forward=lambda net, x: net(x), latency="75%")
 
 
 def test_onnxruntime_in_a_process_of_its_own(

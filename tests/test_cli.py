@@ -157,6 +157,10 @@ MISTAKES = {
         lambda t, h: ["export", str(t), "--int8", "--tolerance", "1e-3"],
         "--tolerance does not apply to --int8",
     ),
+    "drop of a classifier": (
+        lambda t, h: ["export", str(t), "--int8", "--drop", "0.1"],
+        "--drop is for detectors",
+    ),
     "agreement of half": (
         lambda t, h: ["export", str(t), "--fp16", "--agreement", "0.9"],
         "--agreement does not apply to --fp16, only to --int8",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from boxes import BEFORE, SIZE, boxes
+from boxes import BEFORE, SIZE, boxes, formula
 from PIL import Image
 from torch import Tensor, nn
 from zoo import lively
@@ -21,8 +21,10 @@ from zoo import lively
 import nampruner
 from nampruner import yolo
 from nampruner.errors import NamPrunerError
+from nampruner.export import exported_run
 from nampruner.lineage import lineage
 from nampruner.nam import nam_modules
+from nampruner.staircase import Bench, layers_of, module_steps, staircase
 from nampruner.yolo import network, row, source, trainers
 
 
@@ -92,6 +94,29 @@ def test_every_version_and_task_is_cut_exactly(name: str) -> None:
         assert type(module).__module__.startswith(("ultralytics", "torch", "nampruner"))
         if hasattr(module, "forward_split"):  # what the exporter puts in the place of forward
             assert module.cv1.conv.out_channels == 2 * module.c
+
+
+@pytest.mark.parametrize("picks", [False, True])
+def test_widths_follow_the_time_of_what_is_exported(
+    picks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formula(monkeypatch, tmp_path)
+    model: Any = make("yolov10n.yaml")
+    model.end2end = picks
+    unused = ("model.23.cv",) if picks else ("model.23.one2one_",)
+    run = exported_run(model, yolo.forward)
+    names = layers_of(model, picture(), run)
+    assert "model.0.conv" in names
+    assert not [name for name in names if name.startswith(unused)]
+    assert len(names) == 83
+    given = {"forward": yolo.forward, "importance": "magnitude", "ignore": ["model.10*"]}
+    steps = module_steps(names, staircase(names.values(), Bench()))
+    plan = nampruner.plan_pruning(model, picture(), macs="50%", round_to="auto", **given)
+    assert len(set(steps.values())) > 1  # one number for all would not do
+    cut = [row for row in plan.layers if row.width_after < row.width_before]
+    assert len(cut) > 20
+    assert all(row.width_after % steps.get(row.layer, 1) == 0 for row in cut)
+    assert plan.achieved.macs == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_exporters_forward_computes_the_same(slim: nn.Module) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from boxes import SIZE, boxes, tiny
+from boxes import SIZE, boxes, formula, tiny
 
 import nampruner
 from nampruner import yolo
@@ -76,6 +76,9 @@ def test_a_run_leaves_what_every_run_leaves_and_the_numbers_agree(
     assert result["certificate"]["max_relative_error"] <= 1e-9
     assert result["onnx"]["parity"]["top1_agreement"] is None
     assert result["onnx"]["parity"]["max_relative"] <= 1e-4
+    found = result["onnx"]["parity"]["boxes"]
+    assert found["boxes"] > 0
+    assert found["pairs"] >= found["boxes"] - found["ties"]
     assert model.names == {0: "red", 1: "green", 2: "blue"}
     rows = [json.loads(row) for row in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == ["train"] * 30 + ["finetune"]
@@ -135,11 +138,52 @@ def test_a_pt_of_ultralytics_goes_through_every_stage(
     assert result["checkpoint"] == str(slim)
     assert 0 < result["achieved"]["ratio"] <= 0.3
     assert set(result["before"]["metrics"]) == {"mAP50", "mAP50-95"}
-    tuned = shown(["finetune", str(slim), "--finetune-epochs", "1"], capsys)
+    assert call(["finetune", str(slim), "--finetune-epochs", "1", "--json"]) == 0
+    streams = capsys.readouterr()
+    assert "finetune   done" in streams.err
+    assert "train " not in streams.err
+    tuned = json.loads(streams.out)
     assert tuned["metrics"]["mAP50_dense"] == result["before"]["metrics"]["mAP50"]
     assert Path(tuned["checkpoint"]).name == "best-ratio0.3-finetuned"
     assert stages.uncut_parent(job.load(Path(tuned["checkpoint"]))) == best
     assert not list(tmp_path.glob(".*"))
+    for source in (dense, tuned["checkpoint"]):
+        out = str(tmp_path / "m.onnx")
+        exported = shown(["export", source, *options[:4], "--out", out], capsys)
+        assert exported["parity"]["boxes"]["worst_iou"] > 0.99
+    pair = shown(["bench", dense, tuned["checkpoint"], "--rounds", "2"], capsys)["candidates"]
+    assert [Path(each["path"]).name for each in pair] == [best.name, f"{slim.name}-finetuned"]
+    assert pair[1]["size_bytes"] < pair[0]["size_bytes"]
+
+
+def test_a_target_in_time_is_that_of_the_exported_detector(
+    finished: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    formula(monkeypatch, tmp_path)
+    dense = yolo.load(finished / "dense")
+    best = str(yolo.save(dense, tmp_path / "best.pt"))
+    options = ["--data", str(data), *SHORT[:6]]
+
+    result = shown(["prune", best, *options, "--latency", "60%"], capsys)
+
+    slim = yolo.load(result["checkpoint"])
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (dense, slim)]
+    assert result["achieved"]["latency"] == pytest.approx(sizes[1] / sizes[0], rel=0.1)
+    assert result["achieved"]["latency"] == pytest.approx(0.6, rel=0.1)
+    images = yolo.images(dense, data, image_size=SIZE)
+    pruned = nampruner.prune(dense, images[0], forward=yolo.forward, latency="60%")
+    assert pruned.plan.achieved.latency == pytest.approx(0.6, rel=0.1)
+
+    steps = shown(["rank", best, *options, "--latency"], capsys)
+    assert sum(row["share"] for row in steps["times"]) == pytest.approx(1.0, abs=0.2)
+    planned = shown(
+        ["prune", best, *options, "--macs", "50%", "--round-to", "auto", "--dry-run"], capsys
+    )
+    assert planned["achieved"]["macs"] < 0.6
 
 
 def test_a_broken_off_training_goes_on(

@@ -8,13 +8,14 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nampruner.plan import Int8Gain, PruningPlan
+from nampruner.int8 import Int8Gain
+from nampruner.plan import PruningPlan
 from nampruner.results import PruneResult
 
 if TYPE_CHECKING:
+    from nampruner.pipeline.exporting import Exported
     from nampruner.pipeline.layers import PerLayer
     from nampruner.pipeline.look import Benchmark, Evaluated, Ranking
-    from nampruner.pipeline.publish import Exported
     from nampruner.pipeline.stages import Made
 
 
@@ -82,7 +83,7 @@ def evaluated(value: "Evaluated") -> Table:
 
 def exported(value: "Exported") -> list[RenderableType]:
     """Return an exported file or folder, its proof, and what became of NAM's gates."""
-    from nampruner.report import folded_gates, size
+    from nampruner.report import folded_gates, same_boxes, size
 
     parity = value.parity
     proof = ("inputs", str(parity.inputs))
@@ -91,18 +92,24 @@ def exported(value: "Exported") -> list[RenderableType]:
     row = (value.path, size(value.size_bytes), f"{parity.max_relative:.1e}", proof[1])
     columns = (value.format, "size", "apart (relative)", proof[0])
     shown: list[RenderableType] = [table(*columns, rows=[row])]
+    if parity.boxes:
+        shown.append(Text(f"{same_boxes(parity.boxes)}."))
     if value.folded:
         shown.append(Text(f"{folded_gates(value.folded)}."))
-    return [*shown, *_int8(value.int8)] if value.int8 else shown
+    return [*shown, *_int8(value.int8, value.size_bytes)] if value.int8 else shown
 
 
-def _int8(value: Int8Gain) -> list[RenderableType]:
+def _int8(value: Int8Gain, size_bytes: int) -> list[RenderableType]:
     """Return INT8 beside float, and what stayed float."""
-    from nampruner.report import milliseconds, percent
+    from nampruner.report import milliseconds, percent, size
 
-    rows = [("latency", milliseconds(value.latency_float), milliseconds(value.latency))]
+    rows = [
+        ("latency", milliseconds(value.latency_float), milliseconds(value.latency)),
+        ("size", size(value.size_float), size(size_bytes)),
+    ]
+    rows += [(k, percent(v), percent(value.metrics[k])) for k, v in value.metrics_float.items()]
     if value.accuracy_float is not None and value.accuracy is not None:
-        rows.insert(0, ("test accuracy", percent(value.accuracy_float), percent(value.accuracy)))
+        rows.append(("test accuracy", percent(value.accuracy_float), percent(value.accuracy)))
     kept = ", ".join(each.node for each in value.kept_float) or "none"
     told = value.verdict if value.faster else f"it is not faster here ({value.verdict})"
     first = value.latency

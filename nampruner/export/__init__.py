@@ -3,14 +3,17 @@
 onnx.py          one ONNX file                    int8.py, half.py   the same in fewer bits
 pt2.py           one torch.export program
 python.py        a folder: `model.safetensors` and a short `model.py`
-parity.py        how far two runtimes are apart   files.py   a file appears when it is right
+parity.py        how far two runtimes are apart   boxes.py   the boxes that they find
+files.py         a file appears when it is right
 names.py         which module a node is from      ranges.py  how large activations become
+form.py          what is exported of a network
 origin.py        how a network was built, as code
 difference.py    what sets a slim network apart from its original
 standalone.py    the code that `model.py` carries
 """
 
 from nampruner.export.files import read_metadata
+from nampruner.export.form import exportable, exported_run, has_form
 from nampruner.export.half import export_fp16
 from nampruner.export.int8 import export_int8
 from nampruner.export.names import layers_of
@@ -26,6 +29,9 @@ __all__ = [
     "export_onnx",
     "export_pt2",
     "export_python",
+    "exportable",
+    "exported_run",
+    "has_form",
     "layers_of",
     "read_metadata",
     "run_onnx",

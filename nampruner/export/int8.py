@@ -8,11 +8,11 @@ no fast kernels for int8 ones on x86.
 import copy
 import tempfile
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-import numpy as np
 import onnx
 from onnxruntime.quantization import (
     QDQQuantizer,
@@ -21,29 +21,19 @@ from onnxruntime.quantization import (
     quant_pre_process,
 )
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
-from torch import Tensor, nn
+from torch import nn
 
 from nampruner.errors import NamPrunerError, ParityError
 from nampruner.export.files import published, quiet
+from nampruner.export.judges import WAY_OUT, Batch, Judge, TopOne
 from nampruner.export.onnx import graph_of, runner_of, save
-from nampruner.export.parity import Gaps, Inputs, arrays_of, as_tuple, batches_of, settled
+from nampruner.export.parity import Inputs, arrays_of, as_tuple, batches_of, gaps_of, settled
 from nampruner.export.ranges import ranges_of
-from nampruner.latency import Array
-from nampruner.plan import Int8, KeptFloat, Parity
+from nampruner.int8 import Int8, KeptFloat
+from nampruner.plan import Parity
 from nampruner.progress import Progress, Silent
 
 _OPS = sorted({*QDQRegistry, *QLinearOpsRegistry})
-_JUDGED = 512
-"""Calibration inputs on which agreement is judged while nodes are chosen."""
-_FELT = 32
-"""Calibration inputs on which the error of one node alone is measured."""
-
-_WAY_OUT = (
-    "Nothing was written; give more calibration inputs or a lower agreement, or export it as "
-    "float or half"
-)
-
-Batch = tuple[Tensor, ...]
 
 
 def export_int8(
@@ -60,7 +50,8 @@ def export_int8(
 
     All nodes become INT8 if that keeps enough of the float network's top-1 answers on calibration
     inputs: half of the disagreement that is allowed. If not, each node is made INT8 alone, and the
-    fewest of those with the largest output error stay float.
+    fewest of those with the largest output error stay float. For detectors there is
+    `nampruner.yolo.export_int8`.
 
     Args:
         calibration: batches of inputs [N, …], no labels; they give the ranges of activations.
@@ -74,6 +65,33 @@ def export_int8(
         NamPrunerError: there is nothing to calibrate on, the outputs are no classes [N, C, …], or
             the network cannot be exported.
     """
+    return export_judged(
+        model,
+        path,
+        calibration,
+        TopOne(agreement),
+        inputs=inputs,
+        metadata=metadata,
+        progress=progress,
+    )
+
+
+def export_judged(
+    model: nn.Module,
+    path: Path | str,
+    calibration: Iterable[Inputs],
+    judge: Judge,
+    *,
+    inputs: Iterable[Inputs] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Int8:
+    """Do what `export_int8` does, where `judge` says what is near enough.
+
+    Raises:
+        ParityError: it is not; a file that was there before stays.
+        NamPrunerError: see `export_int8`.
+    """
     told = progress or Silent()
     batches = [tuple(x.cpu() for x in as_tuple(batch)) for batch in calibration]
     if not batches:
@@ -81,9 +99,10 @@ def export_int8(
     with settled(model) as here, tempfile.TemporaryDirectory(prefix="nampruner-") as folder:
         with told.bar("export", 2) as bar:
             proto = graph_of(here, batches[0], bar)
-        quantizer = _calibrated(proto, batches, Path(folder))
-        judge = _Judge(proto, batches, Path(folder))
-        kept = _choose(quantizer, judge, 1 - (1 - agreement) / 2, told)
+        trials = _Trials(judge, Path(folder), metadata)
+        trials.start(proto, batches)
+        quantizer = _calibrated(proto, batches, Path(folder), judge.stays)
+        kept = _choose(quantizer, trials, told)
         with published(Path(path), ".onnx") as draft:
             save(quantizer.without([each.node for each in kept]), draft, metadata)
             proof = batches if inputs is None else map(as_tuple, inputs)
@@ -93,7 +112,7 @@ def export_int8(
                 kept_float=kept,
                 calibration=sum(len(batch[0]) for batch in batches),
             )
-            _require(found, agreement)
+            judge.prove(draft, found.parity)
     return found
 
 
@@ -132,7 +151,9 @@ class _Quantizer:
         return found
 
 
-def _calibrated(proto: onnx.ModelProto, batches: list[Batch], folder: Path) -> _Quantizer:
+def _calibrated(
+    proto: onnx.ModelProto, batches: list[Batch], folder: Path, stays: Sequence[str]
+) -> _Quantizer:
     """Prepare the graph as ONNX Runtime wants it, and measure the range of every activation."""
     plain, ready = folder / "plain.onnx", folder / "ready.onnx"
     onnx.save(proto, str(plain))
@@ -142,86 +163,76 @@ def _calibrated(proto: onnx.ModelProto, batches: list[Batch], folder: Path) -> _
     for number, node in enumerate(prepared.graph.node):
         node.name = node.name or f"{node.op_type}_{number}"
     onnx.save(prepared, str(ready))
-    nodes = tuple(node.name for node in prepared.graph.node if node.op_type in _OPS)
+    able = [node.name for node in prepared.graph.node if node.op_type in _OPS]
+    staying = _staying(prepared.graph, stays)
+    nodes = tuple(name for name in able if name not in staying)
     return _Quantizer(prepared, ranges_of(ready, batches, _OPS), nodes)
 
 
-class _Judge:
-    """Compares INT8 graphs with the float one on calibration inputs."""
+def _staying(graph: onnx.GraphProto, globs: Sequence[str]) -> set[str]:
+    """Return the nodes that match, and all that compute with what these give."""
+    names: set[str] = set()
+    values: set[str] = set()
+    for node in graph.node:
+        matches = any(fnmatchcase(node.name, glob) for glob in globs)
+        if matches or not values.isdisjoint(node.input):
+            names.add(node.name)
+            values.update(node.output)
+    return names
 
-    def __init__(self, proto: onnx.ModelProto, batches: list[Batch], folder: Path) -> None:
-        self._folder = folder
-        self._few = [tuple(x[:_FELT] for x in batches[0])]
-        self._many = list(_first(batches, _JUDGED))
-        self._want = self._outputs(proto, self._many)
-        logits = self._want[0][0]
-        if logits.ndim < 2 or logits.shape[1] < 2:
-            raise NamPrunerError(
-                f"the network gives {list(logits.shape)}, no classes [N, C, …]; INT8 is judged by "
-                "top-1 agreement, so export it as float or half"
-            )
 
-    def agreement(self, proto: onnx.ModelProto) -> float:
-        """Return the share of inputs whose top-1 answer is that of the float graph."""
-        gaps = Gaps()
-        for want, have in zip(self._want, self._outputs(proto, self._many), strict=True):
-            gaps.add(want, have)
-        return gaps.parity(0).top1_agreement or 0.0
+class _Trials:
+    """Writes candidates where a judge reads them; one at a time."""
+
+    def __init__(self, judge: Judge, folder: Path, metadata: Mapping[str, str] | None) -> None:
+        self.judge, self._folder, self._metadata = judge, folder, metadata
+
+    def start(self, proto: onnx.ModelProto, batches: list[Batch]) -> None:
+        self.judge.start(self._written(proto, "float"), batches)
+
+    def enough(self, proto: onnx.ModelProto) -> bool:
+        return self.judge.enough(self._written(proto, "candidate"))
 
     def error(self, proto: onnx.ModelProto) -> float:
-        """Return ‖y - float‖ / ‖float‖ of the worst output."""
-        (have,) = self._outputs(proto, self._few)
-        pairs = ((y[: len(z)], z) for y, z in zip(self._want[0], have, strict=True))
-        errors = [np.linalg.norm(z - y) / (np.linalg.norm(y) or 1.0) for y, z in pairs]
-        return float(np.nan_to_num(np.max(errors), nan=np.inf))
+        return self.judge.error(self._written(proto, "candidate"))
 
-    def _outputs(self, proto: onnx.ModelProto, batches: list[Batch]) -> list[list[Array]]:
-        path = self._folder / "candidate.onnx"
-        onnx.save(proto, str(path))
-        run = runner_of(path)
-        return [run(batch) for batch in batches]
+    def _written(self, proto: onnx.ModelProto, name: str) -> Path:
+        path = self._folder / f"{name}.onnx"
+        save(proto, path, self._metadata)
+        return path
 
 
-def _first(batches: list[Batch], count: int) -> Iterator[Batch]:
-    for batch in batches:
-        if count > 0:
-            yield tuple(x[:count] for x in batch)
-        count -= len(batch[0])
-
-
-def _choose(
-    quantizer: _Quantizer, judge: _Judge, goal: float, progress: Progress
-) -> tuple[KeptFloat, ...]:
-    """Return what has to stay float so that the agreement on calibration inputs is `goal`.
+def _choose(quantizer: _Quantizer, trials: _Trials, progress: Progress) -> tuple[KeptFloat, ...]:
+    """Return what has to stay float so that the judge finds enough kept on calibration inputs.
 
     Raises:
         ParityError: not even with every second node in float.
     """
-    if judge.agreement(quantizer.without(())) >= goal:
+    if trials.enough(quantizer.without(())):
         return ()
     felt = []
     with progress.bar("sensitivity", len(quantizer.nodes)) as bar:
         for node in quantizer.nodes:
-            felt.append(KeptFloat(node=node, error=judge.error(quantizer.only([node]))))
+            felt.append(KeptFloat(node=node, error=trials.error(quantizer.only([node]))))
             bar.advance()
     felt.sort(key=lambda each: -each.error)
 
-    def agreement(count: int) -> float:
-        return judge.agreement(quantizer.without([each.node for each in felt[:count]]))
+    def enough(count: int) -> bool:
+        return trials.enough(quantizer.without([each.node for each in felt[:count]]))
 
     most = len(felt) // 2
-    count = bisect_left(range(most + 1), goal, lo=1, key=agreement)
+    count = bisect_left(range(most + 1), True, lo=1, key=enough)
     if count > most:
         raise ParityError(
-            f"INT8 does not keep {goal:.2%} of the top-1 answers on calibration inputs, even with "
-            f"{most} of {len(felt)} nodes in float; the worst is {felt[0].node}. {_WAY_OUT}"
+            f"INT8 does not keep {trials.judge.asked} on calibration inputs, even with "
+            f"{most} of {len(felt)} nodes in float; the worst is {felt[0].node}. {WAY_OUT}"
         )
     return tuple(felt[:count])
 
 
 def _proven(model: nn.Module, path: Path, batches: Iterable[Batch], progress: Progress) -> Parity:
     """Compare a file with the model; the first input goes alone, to prove batch 1 too."""
-    run, gaps, seen = runner_of(path), Gaps(), 0
+    run, gaps, seen = runner_of(path), gaps_of(model), 0
     with progress.bar("agreement", 1) as bar:
         for batch in batches:
             for part in batches_of(batch):
@@ -229,13 +240,5 @@ def _proven(model: nn.Module, path: Path, batches: Iterable[Batch], progress: Pr
                 gaps.add(arrays_of(model(*ours)), run(ours))
             seen += len(batch[0])
         bar.advance()
-    return gaps.parity(seen)
-
-
-def _require(found: Int8, agreement: float) -> None:
-    parity, same = found.parity, found.parity.top1_agreement or 0.0
-    if same < agreement or not np.isfinite(parity.max_relative):
-        raise ParityError(
-            f"INT8 and float agree on the top-1 answer of {same:.2%} of "
-            f"{parity.inputs} inputs; {agreement:.2%} is asked. {_WAY_OUT}"
-        )
+    # boxes of INT8 are others; how good they are is the judge's question
+    return gaps.parity(seen).model_copy(update={"boxes": None})

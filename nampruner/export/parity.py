@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nampruner.errors import ParityError
+from nampruner.export.boxes import BoxGaps, Detector, require_boxes
 from nampruner.latency import Array, device_of, evaluating
 from nampruner.plan import Parity
 from nampruner.progress import Bar
@@ -70,7 +71,7 @@ def batches_of(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 def compare(model: nn.Module, other: Runner, inputs: tuple[Tensor, ...], bar: Bar) -> Parity:
     """Compare `model`, which is `settled`, with `other` on `inputs` [M, …], batch by batch."""
-    gaps = Gaps()
+    gaps = gaps_of(model)
     for batch in batches_of(inputs):
         here = tuple(x.cpu() for x in batch)
         gaps.add(arrays_of(model(*here)), other(here))
@@ -120,6 +121,32 @@ class Gaps:
         )
 
 
+class _BoxedGaps(Gaps):
+    """The same of a detector, with the boxes that its outputs come to."""
+
+    def __init__(self, model: Detector) -> None:
+        super().__init__()
+        self._model = model
+        self._boxes = BoxGaps(thresholded=model.ordered)
+
+    def add(self, expected: list[Array], got: list[Array]) -> None:
+        want, have = self._model.picked(expected), self._model.picked(got)
+        pairs = [self._boxes.add(mine, its) for mine, its in zip(want, have, strict=True)]
+        if not self._model.ordered:  # rows that are nearly alike may have changed places
+            ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
+            expected, got = [ours, *expected[1:]], [theirs, *got[1:]]
+        super().add(expected, got)
+
+    def parity(self, inputs: int) -> Parity:
+        found = {"top1_agreement": None, "boxes": self._boxes.parity()}
+        return super().parity(inputs).model_copy(update=found)
+
+
+def gaps_of(model: nn.Module) -> Gaps:
+    """Return what gathers the differences of a network; those of a detector see its boxes too."""
+    return _BoxedGaps(model) if isinstance(model, Detector) and model.boxed else Gaps()
+
+
 def require(parity: Parity, tolerance: float, what: str) -> None:
     """See that the export is near enough.
 
@@ -133,3 +160,5 @@ def require(parity: Parity, tolerance: float, what: str) -> None:
             f"{what} and PyTorch differ by {parity.max_relative:.2g} of the largest output "
             f"on {parity.inputs} inputs{said}; {tolerance:g} is allowed. Nothing was written"
         )
+    if parity.boxes is not None:
+        require_boxes(parity.boxes, tolerance, what)

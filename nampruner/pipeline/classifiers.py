@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from nampruner import models
 from nampruner.checkpoint import InputSpec
+from nampruner.config import ExportCommand
 from nampruner.data import load_data
 from nampruner.errors import NamPrunerError
+from nampruner.export.judges import Judge, TopOne
 from nampruner.importance import Batches
 from nampruner.latency import feeds, open_session
 from nampruner.penalty import SparsityPenalty, fitting_strength
@@ -117,8 +119,22 @@ class Classifiers:
         found = evaluate(model, self.data.test, device=device, progress=progress)
         return Judged(**found.model_dump())
 
+    def judge(self, exported: nn.Module, options: ExportCommand) -> Judge:
+        return top_one(options)
+
     def metadata(self, model: nn.Module) -> Mapping[str, str]:
         return {}
+
+
+def top_one(options: ExportCommand) -> Judge:
+    """Return the judge of classifiers.
+
+    Raises:
+        NamPrunerError: an option is for detectors.
+    """
+    if "drop" in options.model_fields_set:
+        raise NamPrunerError("--drop is for detectors, which are judged by mAP; give --agreement")
+    return TopOne(options.agreement)
 
 
 class _OnnxModel(nn.Module):

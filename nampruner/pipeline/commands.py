@@ -14,7 +14,8 @@ from nampruner.config import (
 from nampruner.errors import NamPrunerError
 from nampruner.export.half import TOLERANCE as HALF_TOLERANCE
 from nampruner.options import Options, flag
-from nampruner.pipeline import int8, publish, stages
+from nampruner.pipeline import exporting, int8, stages
+from nampruner.pipeline.exporting import Exported, check_export_path
 from nampruner.pipeline.folders import (
     RUNS,
     bare_name,
@@ -27,7 +28,7 @@ from nampruner.pipeline.folders import (
     workshop,
 )
 from nampruner.pipeline.job import Job, Loaded, load, prepare, resume, trusted
-from nampruner.pipeline.publish import Exported, check_export_path, scratch, timed
+from nampruner.pipeline.publish import scratch, timed
 from nampruner.pipeline.stages import Made, check, made, make, planned, prune_result
 from nampruner.pipeline.whole import run, trained
 from nampruner.plan import PruningPlan
@@ -48,6 +49,7 @@ _APPLIES: dict[str, tuple[tuple[Kind, ...], str]] = {
     "tolerance": (("onnx", "pt2", "fp16"), "which is judged by equal bits or by --agreement"),
     "parity_inputs": (("onnx", "pt2", "python", "fp16"), "which is judged on all test images"),
     "agreement": (("int8",), "only to --int8"),
+    "drop": (("int8",), "only to --int8"),
     "threads": (("int8",), "only to --int8, which is timed"),
 }
 """Option → what it is for, and why it is for nothing else."""
@@ -178,8 +180,8 @@ def export_command(
         flags = flags.model_copy(update={"tolerance": HALF_TOLERANCE})
     job, found = resume(source, flags, trust=trust, progress=progress)
     if flags.int8:
-        return int8.export(job, found, path, flags.agreement)
-    return publish.export(job, found, path, flags.kind)
+        return int8.export(job, found, path, flags)
+    return exporting.export(job, found, path, flags.kind)
 
 
 def _check_combination(flags: ExportCommand) -> None:

@@ -1,37 +1,36 @@
-"""The stage that exports INT8 and says what it brings: agreement, accuracy, time."""
+"""The stage that exports INT8 and says what it brings: how good it is, how large, how fast."""
 
 from pathlib import Path
 
-from nampruner.errors import NamPrunerError
-from nampruner.export import export_int8, export_onnx
+from nampruner.config import ExportCommand
+from nampruner.export import export_onnx, exportable
+from nampruner.export.int8 import export_judged
+from nampruner.int8 import Int8Gain
 from nampruner.latency import compare, measure
+from nampruner.pipeline.exporting import RECORD_KEY, Exported, folded_model
 from nampruner.pipeline.job import Job, Loaded
-from nampruner.pipeline.publish import RECORD_KEY, Exported, folded_model, scratch
-from nampruner.pipeline.task import exportable
-from nampruner.plan import Int8Gain, Latency
+from nampruner.pipeline.publish import scratch
+from nampruner.plan import Latency
 
 
-def export(job: Job, found: Loaded, path: Path, agreement: float) -> Exported:
-    """Export a checkpoint as INT8, prove it on all test images, and compare it with its float file.
+def export(job: Job, found: Loaded, path: Path, options: ExportCommand) -> Exported:
+    """Export a checkpoint as INT8, prove it on test images, and compare it with its float file.
 
     Raises:
         ParityError: it gives other answers than the float network; nothing is written.
-        NamPrunerError: it is no classifier, or cannot be exported.
+        NamPrunerError: it cannot be judged or exported, or an option is for another kind.
     """
-    if not job.task.classifies:
-        raise NamPrunerError(
-            f"--int8 is judged by top-1 answers, and {found.folder} gives none; leave it out, or "
-            "take --fp16"
-        )
     model, folded = folded_model(job, found.model)
     model = exportable(model)
     said = {**job.task.metadata(found.model), RECORD_KEY: found.record.model_dump_json()}
-    made = export_int8(
+    judge = job.task.judge(model, options)
+    task = job.task
+    made = export_judged(
         model,
         path,
-        job.task.calibration(),
-        inputs=job.task.held_out(),
-        agreement=agreement,
+        task.calibration(),
+        judge,
+        inputs=task.held_out() if task.classifies else [task.proof(job.recipe.parity_inputs)],
         metadata=said,
         progress=job.progress,
     )
@@ -41,11 +40,14 @@ def export(job: Job, found: Loaded, path: Path, agreement: float) -> Exported:
         export_onnx(model, plain, examples, tolerance=tolerance, metadata=said)
         before, after = _times(job, plain, path)
         verdict = compare(before, after)
+        good = [task.evaluate_onnx(file, job.progress) for file in (plain, path)]
         gain = Int8Gain(
             **dict(made),
             size_float=plain.stat().st_size,
-            accuracy_float=_accuracy(job, plain),
-            accuracy=_accuracy(job, path),
+            accuracy_float=good[0].accuracy,
+            accuracy=good[1].accuracy,
+            metrics_float=good[0].metrics,
+            metrics=good[1].metrics,
             latency_float=before,
             latency=after,
             faster=verdict.faster,
@@ -69,7 +71,3 @@ def _times(job: Job, plain: Path, path: Path) -> tuple[Latency, Latency]:
         progress=job.progress,
     )
     return found["float"], found["int8"]
-
-
-def _accuracy(job: Job, path: Path) -> float | None:
-    return job.task.evaluate_onnx(path, job.progress).accuracy

@@ -14,6 +14,7 @@ from nampruner.budget import Device, Steps
 from nampruner.checkpoint import CheckpointRecord
 from nampruner.config import DataOptions
 from nampruner.errors import NamPrunerError
+from nampruner.export import exported_run
 from nampruner.graph import DependencyGraph, trace
 from nampruner.importance import Scores, score
 from nampruner.models.weights import named
@@ -23,7 +24,7 @@ from nampruner.pipeline.folders import is_pt, require_checkpoint
 from nampruner.pipeline.task import YOLO, Task, open_task
 from nampruner.progress import Progress, Silent
 from nampruner.recipe import Recipe, merged
-from nampruner.staircase import Bench, Staircase, layers_of, module_steps, staircase
+from nampruner.staircase import Bench, Geometry, Staircase, layers_of, module_steps, staircase
 from nampruner.training import resolve_device
 from nampruner.training.surroundings import own_chance, seed_all
 
@@ -59,11 +60,18 @@ class Job:
 
     def measured(self, model: nn.Module) -> Device | None:
         """Measure what the recipe needs to know of this device; it is cached."""
-        return known_device(model, self.recipe, self.task.examples(), self.progress)
+        return known_device(
+            model, self.recipe, self.task.examples(), self.task.forward, self.progress
+        )
+
+    def layers(self, model: nn.Module) -> dict[str, Geometry]:
+        """Return the convolutions of what is exported of `model`."""
+        run = exported_run(model, self.task.forward)
+        return layers_of(model, self.task.examples(), run)
 
     def staircase(self, model: nn.Module) -> tuple[Staircase, Steps]:
         """Measure how time follows width for the layers of `model`: the curves, and the steps."""
-        layers = layers_of(model, self.task.examples())
+        layers = self.layers(model)
         bench = Bench(threads=self.recipe.threads)
         found = staircase(layers.values(), bench, self.progress)
         return found, module_steps(layers, found)

@@ -12,22 +12,23 @@ from nampruner import figures
 from nampruner.checkpoint import CheckpointRecord, parse_record
 from nampruner.config import TARGETS, BenchCommand, RankCommand
 from nampruner.errors import NamPrunerError
-from nampruner.export import export_onnx, read_metadata
+from nampruner.export import export_onnx, exportable, read_metadata
 from nampruner.graph import DependencyGraph, UnitGroup
 from nampruner.importance import Scores
 from nampruner.latency import compare, measure, open_session
 from nampruner.lineage import Lineage
 from nampruner.options import Options
+from nampruner.pipeline.exporting import RECORD_KEY
 from nampruner.pipeline.folders import is_pt
 from nampruner.pipeline.job import Job, Loaded, load, prepare, recipe_of, resume
 from nampruner.pipeline.layers import PerLayer, draw_layers, per_layer
-from nampruner.pipeline.publish import RECORD_KEY, scratch
-from nampruner.pipeline.task import Judged, exportable
+from nampruner.pipeline.publish import scratch
+from nampruner.pipeline.task import Judged
 from nampruner.plan import Latency, Record
 from nampruner.progress import Progress, Silent
 from nampruner.recipe import Recipe
 from nampruner.selection import select
-from nampruner.staircase import Bench, GroupTime, Staircase, layers_of, savings
+from nampruner.staircase import Bench, GroupTime, Staircase, savings
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -97,7 +98,7 @@ def rank(job: Job, found: Loaded, *, latency: bool = False) -> Ranking:
 
 
 def _times(job: Job, found: Loaded, graph: DependencyGraph, scores: Scores) -> dict[str, Any]:
-    layers, bench = layers_of(found.model, job.task.examples()), Bench(threads=job.recipe.threads)
+    layers, bench = job.layers(found.model), Bench(threads=job.recipe.threads)
     curves, steps = job.staircase(found.model)
     times = savings(graph, scores, layers, bench, steps, job.progress)
     return {"staircase": curves, "times": times}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from nampruner.certificate import Forward
 from nampruner.checkpoint import InputSpec
+from nampruner.config import ExportCommand
+from nampruner.export.judges import Judge
 from nampruner.importance import Batches
-from nampruner.lineage import lineage
 from nampruner.progress import Progress
 from nampruner.recipe import Recipe
 from nampruner.results import Quality
@@ -83,21 +84,19 @@ class Task(Protocol):
     def evaluate_onnx(self, path: Path, progress: Progress) -> Judged:
         """Judge an ONNX file."""
 
+    def judge(self, exported: nn.Module, options: ExportCommand) -> Judge:
+        """Return who says whether INT8 is near enough to float.
+
+        Raises:
+            NamPrunerError: an option is for another kind of network.
+        """
+
     def metadata(self, model: nn.Module) -> Mapping[str, str]:
         """Return what an ONNX file says to others beside the record."""
 
 
 YOLO = "yolo:"
 """What the spec of such a network begins with."""
-
-
-def exportable(model: nn.Module) -> nn.Module:
-    """Return what is exported of a network: tensors out, whatever else it gives."""
-    if not (lineage(model).source or "").startswith(YOLO):
-        return model
-    from nampruner.yolo import Exportable
-
-    return Exportable(model)
 
 
 def open_task(recipe: Recipe, *, trust: bool) -> Task:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from nampruner import models, yolo
 from nampruner.checkpoint import CheckpointRecord, InputSpec
+from nampruner.config import ExportCommand
 from nampruner.errors import NamPrunerError
 from nampruner.export import read_metadata
+from nampruner.export.judges import Judge
 from nampruner.importance import Batches
 from nampruner.lineage import lineage
 from nampruner.options import flag
+from nampruner.pipeline.classifiers import top_one
 from nampruner.pipeline.folders import METRICS, STATE, write
 from nampruner.pipeline.task import Judged
 from nampruner.progress import Progress
@@ -152,6 +155,14 @@ class Yolo:
         found = measures(numbers)
         return Judged(accuracy=found.pop("accuracy", None), metrics=found)
 
+    def judge(self, exported: nn.Module, options: ExportCommand) -> Judge:
+        if self.classifies or not isinstance(exported, yolo.Exportable):
+            return top_one(options)
+        if "agreement" in options.model_fields_set:
+            raise NamPrunerError("--agreement is for classifiers; a detector is judged by --drop")
+        count = self.recipe.calibration
+        return yolo.Precision(exported, self.data.source, options.drop, count, self._judging())
+
     def metadata(self, model: nn.Module) -> Mapping[str, str]:
         return yolo.describe_export(model, self._size)
 
@@ -178,10 +189,11 @@ def _fit(model: nn.Module, data: str, stage: _Stage, work: Path, progress: Progr
     done = yolo.finished(project / name)
     if done is None and last.is_file():
         progress.note(f"going on with {last}")
-        done = yolo.resume(last, progress=progress)
+        done = yolo.resume(last, progress=progress, stage=stage.name)
     elif done is None:
         here = {"project": str(project), "name": name, "exist_ok": True}
-        done = yolo.fit(model, data, stage.sparsity, {**stage.arguments, **here}, progress=progress)
+        given = {**stage.arguments, **here}
+        done = yolo.fit(model, data, stage.sparsity, given, progress=progress, stage=stage.name)
     _keep_rows(done.folder / "results.csv", stage.name, work / METRICS)
     return done.model
 

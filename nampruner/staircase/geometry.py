@@ -1,5 +1,6 @@
 """The convolutions of a network as values, and the same ones narrower."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -47,10 +48,16 @@ class Geometry(Record):
         return self.model_copy(update=widths)
 
 
-def layers_of(model: nn.Module, example_inputs: Any) -> dict[str, Geometry]:
+def layers_of(
+    model: nn.Module,
+    example_inputs: Any,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> dict[str, Geometry]:
     """Run `model` once in eval mode; return its 2d convolutions, by module, in their order.
 
-    One that runs several times counts as it runs first.
+    One that runs several times counts as it runs first, one that does not run is left out.
+    `forward(model, example_inputs)` replaces the plain call, and may run a copy: what watches the
+    layers goes along with it.
     """
     found: dict[str, Geometry] = {}
 
@@ -62,7 +69,7 @@ def layers_of(model: nn.Module, example_inputs: Any) -> dict[str, Geometry]:
     handles = [layer.register_forward_pre_hook(partial(see, name)) for name, layer in layers]
     try:
         with evaluating(model), torch.no_grad():
-            call_model(model, example_inputs)
+            (forward or call_model)(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@
 Ultralytics is AGPL-3.0 and an optional extra: its API is called, in library.py.
 
 network.py   the heads' outputs, export    row.py        NAM in a model YAML
+picks.py     the boxes they come to        precision.py INT8, judged by mAP
 source.py    networks from names           files.py      .pt files, the tripwire
 images.py    letterboxed images            trainers.py   one per task, keeps the network
 data.py      what a data set says          training.py   train, resume, validate
@@ -28,6 +29,7 @@ from nampruner.yolo.data import DataSet, read_data
 from nampruner.yolo.files import describe_export, load, misfit, save
 from nampruner.yolo.images import images, read_images
 from nampruner.yolo.network import Exportable, channels_of, classes_of, forward
+from nampruner.yolo.precision import Precision, export_int8
 from nampruner.yolo.row import NAMRow, register
 from nampruner.yolo.source import build, write_nam_yaml
 from nampruner.yolo.trainers import Sparsity, trainer
@@ -45,6 +47,7 @@ __all__ = [
     "DataSet",
     "Exportable",
     "NAMRow",
+    "Precision",
     "Sparsity",
     "Trained",
     "attach_nam",
@@ -53,6 +56,7 @@ __all__ = [
     "check_arguments",
     "classes_of",
     "describe_export",
+    "export_int8",
     "finished",
     "fit",
     "forward",

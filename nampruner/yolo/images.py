@@ -46,8 +46,7 @@ def read_images(
     source: str | Path, *, classify: bool, image_size: int, count: int, split: Split
 ) -> list[Tensor]:
     """Do what `images` does where there is no network yet."""
-    paths = _paths(source, classify, split)
-    chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(count, len(paths)), dtype=int)]
+    chosen = drawn(source, classify=classify, count=count, split=split)
     fit = _fitting(classify, image_size)
     tensors = []
     with quiet():
@@ -55,6 +54,12 @@ def read_images(
             for _, pictures, _ in LoadImagesAndVideos(path, channels=3):
                 tensors += [fit(picture) for picture in pictures]
     return list(torch.stack(tensors).split(_BATCH))
+
+
+def drawn(source: str | Path, *, classify: bool, count: int, split: Split) -> list[str]:
+    """Return the paths of the images that `read_images` reads."""
+    paths = _paths(source, classify, split)
+    return [paths[i] for i in np.linspace(0, len(paths) - 1, min(count, len(paths)), dtype=int)]
 
 
 def _fitting(classify: bool, size: int) -> Any:

@@ -24,6 +24,7 @@ try:
     from ultralytics.nn import tasks
     from ultralytics.nn.modules.block import DFL
     from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, ROOT, YAML
+    from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.torch_utils import is_qat, unwrap_model
 except ImportError as error:
     raise NamPrunerError(
@@ -55,6 +56,7 @@ __all__ = [
     "check_det_dataset",
     "classify_transforms",
     "is_qat",
+    "non_max_suppression",
     "quiet",
     "tasks",
     "unwrap_model",

@@ -2,13 +2,17 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from nampruner.errors import NamPrunerError
+from nampruner.export.boxes import Detector
+from nampruner.latency import Array
 from nampruner.yolo.expectation import Expectation
 from nampruner.yolo.library import DFL, is_qat
+from nampruner.yolo.picks import boxes_of, picks
 
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 _FIRST = "scores"
@@ -24,15 +28,28 @@ def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
         NamPrunerError: the network is fused or quantized, or no YOLO.
     """
     check_whole(model)
-    head = head_of(model)
-    before, head.export = head.export, False
-    try:
+    with _raw_outputs(head_of(model)):
         out = model(images)
-    finally:
-        head.export = before
     found = dict(_raw(out[1] if isinstance(out, tuple) else out, ""))
     first = [name for name in found if name.endswith(_FIRST)]
     return tuple(found[name] for name in (*first, *(n for n in found if n not in first)))
+
+
+@contextmanager
+def _raw_outputs(head: Any) -> Iterator[None]:
+    """Let a head give what it computes, and pick nothing."""
+    # where it is a property, both heads run either way
+    switched = isinstance(getattr(type(head), "end2end", None), property)
+    before, picks = head.export, switched and head.end2end
+    head.export = False
+    if picks:
+        head.end2end = False
+    try:
+        yield
+    finally:
+        head.export = before
+        if picks:
+            head.end2end = True
 
 
 def _raw(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -47,20 +64,24 @@ def _raw(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _raw(inner, f"{name}.{number}")
 
 
-class Exportable(nn.Module):
+class Exportable(Detector):
     """A copy of a network, for `nampruner.export_onnx`: images [N, C, H, W] in, tensors out.
 
     Boxes as Ultralytics' own export has them (for end-to-end heads [N, picks, 6 or more], else
     [N, 4 + classes, anchors]), or with `decoded` off the heads as `forward` gives them. Batch size
-    is free; H and W are those of the example.
+    is free; H and W are those of the example. Of two heads only the one in use is there.
     """
 
     def __init__(self, model: nn.Module, *, decoded: bool = True) -> None:
         super().__init__()
         self.network = copy.deepcopy(model).eval()
         self.decoded = decoded
+        self.boxed = decoded and model.task != "classify"
+        self.ordered = not (decoded and picks(model))
         head = head_of(self.network)
         head.export = decoded
+        if decoded and hasattr(head, "fuse"):
+            head.fuse()  # drops what only training needs
         # anchors kept from an earlier call would fix the batch size
         head.dynamic = True
         if isinstance(getattr(head, "dfl", None), DFL):
@@ -68,6 +89,9 @@ class Exportable(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.network(images) if self.decoded else forward(self.network, images)
+
+    def picked(self, outputs: list[Array]) -> list[Array]:
+        return boxes_of(self.network, outputs)
 
 
 def head_of(model: nn.Module) -> Any:

@@ -43,7 +43,9 @@ class _Keeping:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback("on_train_start", attach_penalty)  # type: ignore[attr-defined]
+        # in a process of DDP the callbacks come along from the one that started it
+        if attach_penalty not in self.callbacks["on_train_start"]:  # type: ignore[attr-defined]
+            self.add_callback("on_train_start", attach_penalty)  # type: ignore[attr-defined]
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
         """Return `weights`, the network itself; see `BaseTrainer.get_model`.

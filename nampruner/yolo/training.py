@@ -1,11 +1,11 @@
 """Train a YOLO network as Ultralytics does, and keep what it is: NAM, widths, penalty."""
 
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,9 @@ def fit(
     *,
     verbose: bool = False,
     progress: Progress | None = None,
+    stage: str = "train",
 ) -> Trained:
-    """Do what `train` does, under a penalty that is a value.
+    """Do what `train` does, under a penalty that is a value; `stage` is the name of its bar.
 
     Raises:
         NamPrunerError: see `train`.
@@ -108,11 +109,16 @@ def fit(
         path = Path(folder) / "start.pt"
         torch.save({"model": start.float(), "train_args": {}}, path)
         given = {**arguments, "model": str(path), "data": str(data)}
-        return _trained(str(start.task), verbose, progress, given)
+        return _trained(str(start.task), verbose, progress, stage, given)
 
 
 def resume(
-    last: str | Path, *, verbose: bool = False, progress: Progress | None = None, **arguments: Any
+    last: str | Path,
+    *,
+    verbose: bool = False,
+    progress: Progress | None = None,
+    stage: str = "train",
+    **arguments: Any,
 ) -> Trained:
     """Go on with a training of `train` that was interrupted, from its `weights/last.pt`.
 
@@ -123,7 +129,7 @@ def resume(
     task = str(load(last).task)
     try:
         given = {**arguments, "model": str(last), "resume": str(last)}
-        return _trained(task, verbose, progress, given)
+        return _trained(task, verbose, progress, stage, given)
     except AssertionError as error:
         raise NamPrunerError(f"{last}: {str(error).splitlines()[0]}; use train") from error
 
@@ -161,31 +167,57 @@ def validate(
 
 
 def _trained(
-    task: str, verbose: bool, progress: Progress | None, arguments: Mapping[str, Any]
+    task: str, verbose: bool, progress: Progress | None, stage: str, arguments: Mapping[str, Any]
 ) -> Trained:
     given = {"workers": 0, "plots": False, **arguments, "task": task, "mode": "train"}
-    with quiet(verbose), _threads():
+    with quiet(verbose), _threads(), _silent_processes(verbose):
         session = trainer(task)(overrides=given)
-        with (progress or Silent()).bar("train", session.args.epochs) as bar:
-            session.add_callback("on_train_start", partial(_skip, bar))
-            session.add_callback("on_train_epoch_end", partial(_tell, bar))
+        with (progress or Silent()).bar(stage, session.args.epochs) as bar:
+            watch = _Watch(bar)
+            session.add_callback("on_train_start", watch.skip)
+            session.add_callback("on_train_epoch_end", watch.tell)
             session.train()
     return _left(Path(session.save_dir))
 
 
-def _skip(bar: Bar, session: Any) -> None:
-    for _ in range(session.start_epoch):
-        bar.advance()
+class _Watch:
+    """Moves a bar along with a training; what goes to the processes of DDP has none."""
 
+    def __init__(self, bar: Bar | None = None) -> None:
+        self._bar = bar
 
-def _tell(bar: Bar, session: Any) -> None:
-    bar.advance(loss=float(session.loss.detach()))
+    def __reduce__(self) -> tuple[type["_Watch"], tuple[()]]:
+        return _Watch, ()
+
+    def skip(self, session: Any) -> None:
+        if self._bar:
+            for _ in range(session.start_epoch):
+                self._bar.advance()
+
+    def tell(self, session: Any) -> None:
+        if self._bar:
+            self._bar.advance(loss=float(session.loss.detach()))
 
 
 def _left(folder: Path) -> Trained:
     best, last = (folder / "weights" / name for name in ("best.pt", "last.pt"))
     path = best if best.is_file() else last
     return Trained(load(path), _numbers(entry_of(path).get("train_metrics") or {}), folder)
+
+
+@contextmanager
+def _silent_processes(verbose: bool) -> Iterator[None]:
+    """Keep what DDP starts from printing, too: standard output is for results."""
+    before = os.environ.get("YOLO_VERBOSE")
+    if not verbose:
+        os.environ["YOLO_VERBOSE"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("YOLO_VERBOSE", None)
+        else:
+            os.environ["YOLO_VERBOSE"] = before
 
 
 @contextmanager
