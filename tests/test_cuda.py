@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_map_only
 from zoo import ZOO, Net, image, lively
 
 import nampruner
-from nampruner.config import Recipe
 from nampruner.data import Data, load_data
 from nampruner.errors import GraphError
 from nampruner.graph import DependencyGraph
 from nampruner.nam import NAM
 from nampruner.penalty import Method, SparsityPenalty
+from nampruner.recipe import Recipe
 from nampruner.training import evaluate, fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
