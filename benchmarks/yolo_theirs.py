@@ -1,12 +1,32 @@
 """torch-pruning on an Ultralytics detector, with the rewrite of C2f that it needs."""
 
 import copy
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch_pruning as tp
 from bisection import largest_within
 from torch import Tensor, nn
 from ultralytics.nn.modules.block import C2f
+
+
+_MEMORY = 8 << 30
+"""Bytes that it may take: its graph of a network with attention took more than 20 GB."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Let this process take `_MEMORY` more than it has, so that it fails and is not killed."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + _MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class TwoConvolutions(nn.Module):
@@ -60,7 +80,8 @@ def cut(model: nn.Module, example: Tensor, fraction: float, method: str) -> nn.M
         Exception: whatever torch-pruning raises where it cannot do a network.
         RuntimeError: no ratio gets there.
     """
-    return largest_within(fraction, lambda ratio: _at(model, example, ratio, method))
+    with limited():
+        return largest_within(fraction, lambda ratio: _at(model, example, ratio, method))
 
 
 def _at(model: nn.Module, example: Tensor, ratio: float, method: str) -> tuple[nn.Module, float]:
