@@ -11,7 +11,6 @@ from bisection import largest_within
 from torch import Tensor, nn
 from ultralytics.nn.modules.block import C2f
 
-
 _MEMORY = 8 << 30
 """Bytes that it may take: its graph of a network with attention took more than 20 GB."""
 
