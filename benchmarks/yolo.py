@@ -8,7 +8,7 @@ network may be trained on one machine and timed on another.
     python benchmarks/yolo.py                               # v8n, 11n, 26n, three seeds; resumable
     python benchmarks/yolo.py --only yolov8n --seeds 1
     python benchmarks/yolo.py --device 0 --workers 2        # trained on a GPU
-    python benchmarks/yolo.py --write                       # table into benchmarks/results/
+    python benchmarks/yolo.py --show --write                # what is there into benchmarks/results/
     python benchmarks/yolo.py --quick                       # minutes: does it run?
 """
 
@@ -40,6 +40,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     "ratio 0.5": {"ratio": 0.5},
 }
 RATIOS_OF = ("yolov8n", "yolo11n")
+THEIRS_AT_EVERY_SEED = ("yolov8n",)
+"""Of the others once: with attention in them it takes minutes until its memory is used up."""
 THEIRS = ("BNScale", "GroupMagnitude")
 ROUND_TO = 16
 RESULTS = Path(__file__).parent / "results"
@@ -146,20 +148,19 @@ class Bench:
             yolo.save(copy.deepcopy(make()).half(), file)
         return yolo.load(file)
 
-    def _rows(self, what: str, make: Callable[[], list[Row]]) -> list[Row]:
+    def _rows(self, what: str, make: Callable[[], list[Row]]) -> None:
         file = self.folder / f"{what}.json"
         if not file.exists():
             file.write_text(json.dumps(make(), indent=1))
-        rows: list[Row] = json.loads(file.read_text())
-        return rows
 
-    def measured(self) -> list[Row]:
-        """All rows of this network, each measured once."""
-        rows = self._rows("dense", lambda: [self.row("dense", "dense", self.model)])
+    def measured(self) -> None:
+        """Write all rows of this network, each measured once."""
+        self._rows("dense", lambda: [self.row("dense", "dense", self.model)])
         for target in self._targets:
-            rows += self._rows(target, lambda t=target: self._ours(t))
-        rows += self._rows("torch-pruning", self._theirs)
-        return rows + self._rows("times", self._times)
+            self._rows(target, lambda t=target: self._ours(t))
+        self._rows("times", self._times)
+        if self.seed == 0 or self.name in THEIRS_AT_EVERY_SEED:
+            self._rows("torch-pruning", self._theirs)
 
     def row(self, target: str, what: str, model: nn.Module, **more: Any) -> Row:
         """Validate `model`."""
@@ -213,6 +214,16 @@ class Bench:
         return rows
 
 
+def kept(cache: Path) -> list[Row]:
+    """All rows that were measured, network by network."""
+    rows: list[Row] = []
+    for name in NETWORKS:
+        for part in ("dense", *TARGETS, "torch-pruning", "times"):
+            for file in sorted(cache.glob(f"{name}-[0-9]/{part}.json")):
+                rows += json.loads(file.read_text())
+    return rows
+
+
 def table(rows: list[Row]) -> str:
     """Mean ± standard deviation over the seeds, as Markdown: mAP50 / mAP50-95, time."""
     networks = list(dict.fromkeys(row["network"] for row in rows))
@@ -253,6 +264,7 @@ def _mean(values: list[float], digits: int = 1) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--show", action="store_true", help="measure nothing, show the cache")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/")
     parser.add_argument("--only", choices=NETWORKS, help="this network")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -274,12 +286,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     counts = {"train": size.train, "val": size.val}
     data = canvases(cache / f"set-{size.pixels}", counts, size.pixels)
-    rows: list[Row] = []
-    for seed in seeds:
+    for seed in () if options.show else seeds:
         for name in networks:
             folder = cache / f"{name}-{seed}"
             folder.mkdir(parents=True, exist_ok=True)
-            rows += Bench(name, seed, size, data, folder).measured()
+            Bench(name, seed, size, data, folder).measured()
+    rows = kept(cache)
     print(table(rows))
     if options.write:
         RESULTS.mkdir(exist_ok=True)
