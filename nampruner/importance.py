@@ -149,7 +149,7 @@ def _weights(
         values = value(p).flatten(2).sum(2) if p.dim() > 2 else value(p)
         for number, slot in slots:
             if slot.dim < 2:
-                sums = values.sum(1 - slot.dim).double()
+                sums = _wide(values).sum(1 - slot.dim).double()
                 rows.append((number, graph.units(slot), sums.cpu().numpy()))
     return rows
 

@@ -186,13 +186,18 @@ def test_what_cannot_be_reached_is_told(
     assert "5.0% was asked for, and no cut was found that is nearer" in ear.heard
 
 
-def test_the_whole_chain_with_a_formula_for_a_clock(
-    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _formula_for_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
         Bench, "_onnxruntime", lambda self, each, int8: [treads(geometry) for geometry in each]
     )
+
+
+@pytest.mark.usefixtures("_formula_for_a_clock")
+def test_the_whole_chain_with_a_formula_for_a_clock(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = network_ms(model)
     monkeypatch.setattr(
         aiming,
@@ -206,13 +211,8 @@ def test_the_whole_chain_with_a_formula_for_a_clock(
         plan_pruning(model, (image(),), latency="75%", importance="magnitude")
 
 
-def test_steps_of_time_need_no_plain_call(
-    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        Bench, "_onnxruntime", lambda self, each, int8: [treads(geometry) for geometry in each]
-    )
+@pytest.mark.usefixtures("_formula_for_a_clock")
+def test_steps_of_time_need_no_plain_call(model: nn.Module) -> None:
     given: Any = {"round_to": "auto", "ratio": 0.3, "importance": "magnitude"}
     plain = plan_pruning(model, image(), **given)
     assert plain.layers == plan_pruning(model, (image(),), **given).layers

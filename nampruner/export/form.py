@@ -1,13 +1,10 @@
 """What is exported of a network, where that is not the network itself."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from nampruner.graph import call_model
-
-Forward = Callable[[nn.Module, Any], Any]
+from nampruner.graph import Forward, call_model
 
 
 def exportable(model: nn.Module) -> nn.Module:

@@ -53,8 +53,6 @@ class Precision:
         # arithmetic on coordinates: no weights to save, and 8 bits are too coarse for pixels
         self.stays = (f"{head}/*",)
         self.asked = f"all but {drop / 2:.3f} of {MEASURE}"
-        self.found: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {})
-        """Metrics of float and INT8 on the validation images, once proven."""
 
     def start(self, plain: Path, batches: list[Batch]) -> None:
         self._plain = plain
@@ -77,8 +75,7 @@ class Precision:
         return missed / max(sum(float(want[:, 4].sum()) for want in self._want), 1e-9)
 
     def prove(self, path: Path, parity: Parity) -> None:
-        self.found = (self._validated(self._plain), self._validated(path))
-        lost = _lost(*self.found)
+        lost = _lost(self._validated(self._plain), self._validated(path))
         if not (lost <= self._drop and np.isfinite(parity.max_relative)):
             raise ParityError(
                 f"INT8 costs {lost:.3f} of {MEASURE} on the validation images; {self._drop:.3f} "
