@@ -15,11 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from nampruner.budget import Device
-from nampruner.certificate import Forward
 from nampruner.config import PruneOptions
 from nampruner.errors import NamPrunerError
 from nampruner.export import export_onnx, exportable, exported_run, has_form
-from nampruner.graph import DependencyGraph
+from nampruner.graph import DependencyGraph, Forward
 from nampruner.importance import Scores
 from nampruner.latency import compare
 from nampruner.latency.fresh import measure_fresh

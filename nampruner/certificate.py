@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from nampruner.baking import bake_again
 from nampruner.errors import CertificateError, GraphError
-from nampruner.graph import call_model
+from nampruner.graph import Forward, call_model
 from nampruner.lineage import lineage
 from nampruner.modes import evaluating
 from nampruner.plan import Certificate, PruningPlan
@@ -29,7 +29,6 @@ from nampruner.twins import twin
 TOLERANCE = 1e-9
 _ADDING = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
 """Layers whose bias is added to their outputs, and nothing else."""
-Forward = Callable[[nn.Module, Any], Any]
 T = TypeVar("T")
 
 

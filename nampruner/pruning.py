@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from nampruner.aiming import settle_on_device
 from nampruner.baking import baked
-from nampruner.certificate import Forward, cost_of
+from nampruner.certificate import cost_of
 from nampruner.config import TARGETS, PruneOptions
 from nampruner.errors import NamPrunerError
-from nampruner.graph import trace
+from nampruner.graph import Forward, trace
 from nampruner.importance import Batches, Custom, score
 from nampruner.options import parse
 from nampruner.plan import PruningPlan

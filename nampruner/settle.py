@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from nampruner.budget import Device
-from nampruner.certificate import Forward, certify, culprits
+from nampruner.certificate import certify, culprits
 from nampruner.config import PruneOptions
 from nampruner.errors import CertificateError
-from nampruner.graph import DependencyGraph, UnitGroup
+from nampruner.graph import DependencyGraph, Forward, UnitGroup
 from nampruner.graph.graph import Bools
 from nampruner.importance import Scores
 from nampruner.lineage import lineage

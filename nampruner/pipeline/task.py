@@ -10,10 +10,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from nampruner.certificate import Forward
 from nampruner.checkpoint import InputSpec
 from nampruner.config import ExportCommand
 from nampruner.export.judges import Judge
+from nampruner.graph import Forward
 from nampruner.importance import Batches
 from nampruner.progress import Progress
 from nampruner.recipe import Recipe
